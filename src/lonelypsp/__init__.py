@@ -1,0 +1,1 @@
+"""The lonelyps wire protocol: bytes in, values out. No sockets, no asyncio, no clock."""

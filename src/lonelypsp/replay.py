@@ -1,0 +1,131 @@
+"""Remembers the signatures that were accepted, so that each is accepted once.
+
+A signature stamped `t` passes the clock check until `t + token_lifetime`, and is remembered at
+least that long. What was accepted before a restart is a hole that each guard closes in its own
+way: `ReplayGuard` refuses whatever is stamped earlier than its own start, `SqliteReplayGuard`
+keeps its memory in a file, which several processes may share.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections import deque
+from enum import Enum
+from typing import Protocol
+
+DEFAULT_MAX_CODES = 1_000_000
+_KEPT_BYTES = 16  # of the 64: two of 10^6 codes share a prefix with probability 10^-27
+
+
+class Verdict(Enum):
+    NEW = "new"
+    USED = "used"
+    UNKNOWN = "unknown"
+    """The memory is full or out of reach: nothing can be accepted safely."""
+
+
+class Remembers(Protocol):
+    """What `Hmac` asks of a guard."""
+
+    def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
+        """Remembers `code` until `expires`; NEW exactly once.
+
+        Args:
+            code: the raw signature.
+            timestamp: when the signer says it was made, seconds since the epoch.
+            expires: from when on the clock check refuses it anyway.
+            now: seconds since the epoch.
+        """
+        ...
+
+
+class ReplayGuard:
+    """In memory, for one process.
+
+    Args:
+        started: refuse what is stamped before this time (seconds since the epoch). Give the
+            time at which the process starts: an earlier one may have accepted such a value. None
+            leaves that hole open.
+        max_codes: bound of the memory, about 100 bytes each. When it is full, nothing more is
+            accepted until codes expire: the check is UNAVAILABLE, not skipped.
+    """
+
+    def __init__(self, *, started: float | None = None, max_codes: int = DEFAULT_MAX_CODES) -> None:
+        # stamps are whole seconds, cut off
+        self._started = -math.inf if started is None else math.floor(started)
+        self._max = max_codes
+        self._codes: set[bytes] = set()
+        # in order of arrival; one second of one signer's codes expire together, so that a code is
+        # kept at most twice the token lifetime
+        self._expiring: deque[tuple[float, bytes]] = deque()
+
+    def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
+        self._forget(now)
+        code = code[:_KEPT_BYTES]
+        if timestamp < self._started or code in self._codes:
+            return Verdict.USED
+        if len(self._codes) >= self._max:
+            return Verdict.UNKNOWN
+        self._codes.add(code)
+        self._expiring.append((expires, code))
+        return Verdict.NEW
+
+    def _forget(self, now: float) -> None:
+        while self._expiring and self._expiring[0][0] < now:
+            self._codes.discard(self._expiring.popleft()[1])
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+
+class SqliteReplayGuard:
+    """In a file of its own, shared by the worker processes of one machine, surviving a restart.
+
+    A code is committed before `mark` returns. The file is not synced to disk on each: what a
+    killed process committed is there, what a power failure takes was stamped before the machine
+    came up again and is too old by then, or was never answered.
+
+    Args:
+        path: the file, created when missing.
+        busy_timeout: seconds to wait for another process's write before answering UNKNOWN.
+        max_codes: as for `ReplayGuard`.
+    """
+
+    def __init__(
+        self, path: str, *, busy_timeout: float = 0.25, max_codes: int = DEFAULT_MAX_CODES
+    ) -> None:
+        self._max = max_codes
+        self._swept = -math.inf
+        self._count = 0
+        self._db = sqlite3.connect(
+            path, timeout=busy_timeout, isolation_level=None, check_same_thread=False
+        )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS used (code BLOB PRIMARY KEY, expires REAL) WITHOUT ROWID"
+        )
+        self._db.execute("CREATE INDEX IF NOT EXISTS used_expires ON used (expires)")
+
+    def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
+        try:
+            if now - self._swept > 10 or self._count >= self._max:
+                self._sweep(now)
+            if self._count >= self._max:
+                return Verdict.UNKNOWN
+            added = self._db.execute(
+                "INSERT OR IGNORE INTO used VALUES (?, ?)", (code[:_KEPT_BYTES], expires)
+            )
+        except sqlite3.OperationalError:
+            return Verdict.UNKNOWN
+        self._count += added.rowcount
+        return Verdict.NEW if added.rowcount else Verdict.USED
+
+    def _sweep(self, now: float) -> None:
+        self._db.execute("DELETE FROM used WHERE expires < ?", (now,))
+        (self._count,) = self._db.execute("SELECT count(*) FROM used").fetchone()
+        self._swept = now
+
+    def close(self) -> None:
+        self._db.close()

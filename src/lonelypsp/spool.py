@@ -1,0 +1,180 @@
+"""A body in memory or on disk, hashed while it is written, readable by many at once.
+
+`Spool` is written once, front to back: in memory up to a limit, from there on in one temporary
+file. `finish` turns it into a `Body`, which any number of readers read at their own offsets, so
+that memory grows neither with the body nor with the number of readers.
+
+Writing to and reading from the disk blocks; callers on an event loop do it in a thread when
+`on_disk` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from typing import BinaryIO
+
+from lonelypsp.errors import RemoteProtocolError
+
+DEFAULT_MEMORY_LIMIT = 10 * 1024 * 1024
+
+
+class Body:
+    """A finished body.
+
+    Attributes:
+        length: bytes.
+        sha512: 64 bytes.
+        data: the bytes themselves when they are in memory, else None.
+    """
+
+    __slots__ = ("_file", "data", "length", "sha512")
+
+    def __init__(self, data: bytes | None, file: BinaryIO | None, length: int, sha512: bytes):
+        self.data = data
+        self._file = file
+        self.length = length
+        self.sha512 = sha512
+
+    @classmethod
+    def of(cls, data: bytes) -> Body:
+        """A body in memory."""
+        return cls(data, None, len(data), hashlib.sha512(data).digest())
+
+    @property
+    def on_disk(self) -> bool:
+        return self._file is not None
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes from `offset`; fewer only at the end. Readers do not interfere.
+
+        Raises:
+            ValueError: the body was closed.
+        """
+        if self.data is not None:
+            return self.data[offset : offset + length]
+        if self._file is None:
+            raise ValueError("the body is closed: a message is valid until the next iteration")
+        return os.pread(self._file.fileno(), length, offset)
+
+    def open(self) -> BinaryIO:
+        """A readable, seekable binary file over the body, with a position of its own."""
+        return io.BufferedReader(_BodyFile(self))
+
+    def close(self) -> None:
+        """Frees memory and disk; reading fails from now on."""
+        self.data = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _BodyFile(io.RawIOBase):
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        data = self._body.read_at(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._body.length}
+        position = start[whence] + offset
+        if position < 0:
+            raise ValueError(f"negative seek position {position}")
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        return self._position
+
+
+class Spool:
+    """Takes a body whose length was declared; use as a context manager, or `close` it.
+
+    Args:
+        length: the declared length; more than that is an error as soon as it is seen.
+        memory_limit: bytes; a body declared longer goes to a temporary file.
+        directory: where that file is made; None: the system's temporary directory. It has no
+            name, so it is gone with the process, however that ends.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
+        directory: str | None = None,
+    ) -> None:
+        self.length = length
+        self.written = 0
+        self._hash = hashlib.sha512()
+        self._chunks: list[bytes] = []
+        self._file: BinaryIO | None = None
+        if length > memory_limit:
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+
+    @property
+    def on_disk(self) -> bool:
+        return self._file is not None
+
+    def write(self, chunk: bytes) -> None:
+        """Appends `chunk`.
+
+        Raises:
+            RemoteProtocolError: the body is longer than declared.
+            OSError: the disk is full or broken.
+        """
+        self.written += len(chunk)
+        if self.written > self.length:
+            raise RemoteProtocolError(
+                f"the message is longer than the {self.length:,} bytes its head declares"
+            )
+        self._hash.update(chunk)
+        if self._file is None:
+            self._chunks.append(chunk)
+            return
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def finish(self, sha512: bytes) -> Body:
+        """The body, if it is as long as declared and its hash is `sha512`.
+
+        Raises:
+            RemoteProtocolError: it is too short, or its hash differs.
+        """
+        if self.written != self.length:
+            raise RemoteProtocolError(
+                f"the message ends after {self.written:,} of {self.length:,} bytes"
+            )
+        if self._hash.digest() != sha512:
+            raise RemoteProtocolError("the message does not have the SHA-512 that came with it")
+        data = None if self._file else b"".join(self._chunks)
+        body = Body(data, self._file, self.length, sha512)
+        self._file, self._chunks = None, []
+        return body
+
+    def close(self) -> None:
+        """Frees what `finish` has not handed on."""
+        self._chunks = []
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
