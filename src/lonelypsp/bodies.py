@@ -36,7 +36,7 @@ def smallest_trace(received_ns: int, answered_ns: int) -> bytes:
     nanoseconds since the epoch.
     """
     return struct.pack(
-        ">BHH1sH2sdQQ", 0, 1, 1, b"a", 2, b"{}", received_ns / 1e9, received_ns, answered_ns
+        ">BHH1sH2sdQQ", 0, 1, 1, b"a", 2, b"{}", received_ns / 10**9, received_ns, answered_ns
     )
 
 

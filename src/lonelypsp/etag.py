@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable
 
 from lonelypsp.errors import RemoteProtocolError
-from lonelypsp.wire import BYTES16, OPTIONAL_TEXT16, TEXT16
+from lonelypsp.wire import BYTES16, OPTIONAL_TEXT16, TEXT16, to_utf8
 
 
 def strong_etag(
@@ -43,8 +43,12 @@ def strong_etag(
 def wanted(
     exact: Iterable[bytes], globs: Iterable[str], recovery: str | None
 ) -> tuple[tuple[tuple[bytes, str | None], ...], tuple[tuple[str, str | None], ...]]:
-    """The two sorted lists of a set in which all subscriptions share one recovery url."""
-    by_bytes = sorted(set(globs), key=lambda glob: glob.encode("utf-8"))
+    """The two sorted lists of a set in which all subscriptions share one recovery url.
+
+    Raises:
+        LocalProtocolError: a glob is not encodable as UTF-8.
+    """
+    by_bytes = sorted(set(globs), key=lambda glob: to_utf8(glob, "glob"))
     return (
         tuple((topic, recovery) for topic in sorted(set(exact))),
         tuple((glob, recovery) for glob in by_bytes),

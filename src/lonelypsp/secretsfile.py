@@ -51,6 +51,8 @@ def load(text: str, replay: Remembers) -> AuthConfig:
         document = json.loads(text)
     except json.JSONDecodeError as e:
         raise LocalProtocolError(f"not JSON: line {e.lineno}, column {e.colno}") from None
+    except (ValueError, RecursionError):  # a number too long, brackets too deep
+        raise LocalProtocolError("not JSON that can be read") from None
     if not isinstance(document, dict) or document.get("version") != VERSION:
         raise LocalProtocolError(f'"version" must be "{VERSION}"')
     return AuthConfig(

@@ -31,6 +31,7 @@ from lonelypsp.wire import (
     U32,
     U64,
     Codec,
+    to_utf8,
 )
 
 TOKEN_LIFETIME = 120.0
@@ -150,11 +151,10 @@ def to_sign(operation: str, fields: Fields, timestamp: int, nonce: str) -> bytes
         LocalProtocolError: a value does not fit its place.
     """
     row = OPERATIONS[operation]
-    raw_nonce = nonce.encode("utf-8")
     parts = [
         row.code.to_bytes(1, "big"),
         U64.encode(timestamp, "timestamp"),
-        BYTES8.encode(raw_nonce, "nonce"),
+        BYTES8.encode(to_utf8(nonce, "nonce"), "nonce"),
         BYTES16.encode(fields["tracing"], "tracing"),
     ]
     for name, codec in row.layout:
@@ -226,7 +226,10 @@ class Token:
         return "Token(***)"
 
 
-_HMAC_VALUE = re.compile(r"X-HMAC ([0-9]{1,12}):([A-Za-z0-9_-]{1,255}):([A-Za-z0-9+/]{86}==)")
+# one spelling per value: the time without leading zeros; the code is compared as text below
+_HMAC_VALUE = re.compile(
+    r"X-HMAC (0|[1-9][0-9]{0,11}):([A-Za-z0-9_-]{1,255}):([A-Za-z0-9+/]{86}==)"
+)
 
 
 class Hmac:
@@ -302,8 +305,8 @@ def _code(secret: bytes, message: bytes) -> str:
 
 
 def _same(received: str, expected: str) -> bool:
-    # utf-8 because compare_digest refuses text that is not ASCII
-    return hmac.compare_digest(received.encode("utf-8", "surrogateescape"), expected.encode())
+    # bytes because compare_digest refuses text that is not ASCII; surrogates come from raw headers
+    return hmac.compare_digest(received.encode("utf-8", "surrogatepass"), expected.encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,10 @@ class Body:
         """
         if self.data is not None:
             return self.data[offset : offset + length]
-        if self._file is None:
+        file = self._file  # another thread may close the body meanwhile
+        if file is None:
             raise ValueError("the body is closed: a message is valid until the next iteration")
-        return os.pread(self._file.fileno(), length, offset)
+        return os.pread(file.fileno(), length, offset)
 
     def open(self) -> BinaryIO:
         """A readable, seekable binary file over the body, with a position of its own."""
