@@ -1,0 +1,121 @@
+"""A broadcaster, standalone or inside another application.
+
+`create_app` is what `uvicorn main:app` runs. `Broadcaster` is the same thing in pieces: a context
+manager with a `router` to include and a `lifespan` to hand to FastAPI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from lonelypss.config import BroadcasterConfig, database_path
+from lonelypss.fanout import Fanout
+from lonelypss.missed import MissedNotices
+from lonelypss.routes import ASGIApp, Receive, Routes, Scope, Send, respond
+from lonelypss.sender import Sender
+from lonelypss.store.base import Store
+from lonelypss.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+
+class Broadcaster:
+    """One broadcaster: its store, its connections, its endpoints.
+
+    Use it as an async context manager; `router` may be included before that, requests only work
+    inside. A broadcaster that was left can be entered again.
+
+    Args:
+        config: how it runs.
+        store: where subscriptions are kept; by default the database that `config.db` names.
+    """
+
+    def __init__(self, config: BroadcasterConfig, store: Store | None = None) -> None:
+        self.config = config
+        self.store = SqliteStore(database_path(config.db)) if store is None else store
+        self.sender = Sender(config)
+        self.missed = MissedNotices(config, self.store, self.sender)
+        self.fanout = Fanout(config, self.store, self.sender, self.missed)
+        self.routes = Routes(config, self.store, self.fanout)
+        self._running = AsyncExitStack()
+
+    @property
+    def router(self) -> APIRouter:
+        """The endpoints, for `app.include_router(broadcaster.router, prefix=...)`."""
+        from fastapi import APIRouter
+        from starlette.routing import Route
+
+        router = APIRouter()
+        router.routes += [Route(path, endpoint) for path, endpoint in self.routes.table.items()]
+        return router
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """For `FastAPI(lifespan=broadcaster.lifespan)`, or to enter in a lifespan of your own."""
+        async with self:
+            yield
+
+    async def __aenter__(self) -> Broadcaster:
+        async with AsyncExitStack() as starting:
+            await self.store.open()
+            starting.push_async_callback(self.store.close)
+            self.sender.open()
+            starting.push_async_callback(self.sender.close)
+            sweeper = asyncio.create_task(self.missed.run(), name="missed notices")
+            starting.push_async_callback(_end, sweeper)
+            self._running = starting.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._running.aclose()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+class App:
+    """ASGI front of a standalone broadcaster: a dict from path to callable."""
+
+    def __init__(self, broadcaster: Broadcaster) -> None:
+        self.broadcaster = broadcaster
+        self._table = broadcaster.routes.table
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        endpoint: ASGIApp | None = self._table.get(scope["path"])
+        if endpoint is not None:
+            await endpoint(scope, receive, send)
+        elif scope["type"] == "http":
+            await respond(send, 404, b'{"detail":"Not Found"}', b"application/json")
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.broadcaster.__aenter__()
+        except Exception as e:
+            await send({"type": "lifespan.startup.failed", "message": str(e)})
+            raise
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.broadcaster.__aexit__(None, None, None)
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def create_app(config: BroadcasterConfig | None = None) -> App:
+    """The ASGI application of a standalone broadcaster.
+
+    Args:
+        config: by default an in-memory database and no authorization, for a first try.
+    """
+    return App(Broadcaster(config or BroadcasterConfig(db="sqlite://")))

@@ -1,0 +1,288 @@
+"""Every option of a broadcaster, once: name, type, default, unit, help.
+
+The command line, the environment, the configuration file, `check-config` and the table in
+docs/reference/configuration.md all derive from the fields of `BroadcasterConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from lonelypsp.signing import AuthConfig, Nothing
+
+ENV_PREFIX = "LONELYPSS_"
+MIB = 1024 * 1024
+
+
+class ConfigError(Exception):
+    """An option has an impossible value; the message names it and where it came from."""
+
+
+class UnsubscribeImmediate(StrEnum):
+    """What an (unsigned) answer `00 0a` to a message may do."""
+
+    OBEY = "obey"
+    """With status 2xx or 410 the subscription is removed."""
+    IGNORE = "ignore"
+    """It is a failed delivery."""
+
+
+def _option(default: Any, unit: str, help: str, *, least: float | None = None) -> Any:
+    return field(default=default, metadata={"unit": unit, "help": help, "least": least})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BroadcasterConfig:
+    """How one broadcaster runs. `auth` comes from the secrets file, all else from options."""
+
+    db: str = _option(
+        "sqlite:///lonelypss.db",
+        "url",
+        "Where subscriptions are kept: sqlite:///relative.db, sqlite:////absolute.db, or sqlite://"
+        " (in memory, gone at exit).",
+    )
+    message_body_spool_size: int = _option(
+        10 * MIB,
+        "bytes",
+        "A message up to this size stays in memory while it is passed on; a larger one goes"
+        " through a temporary file.",
+        least=0,
+    )
+    spool_directory: str | None = _option(
+        None, "path", "Directory of those temporary files; by default the system's."
+    )
+    spool_quota: int = _option(
+        32 * 1024 * MIB,
+        "bytes",
+        "All temporary files together. A message that does not fit now is answered 507, one that"
+        " never fits 413.",
+        least=0,
+    )
+    max_request_body: int = _option(
+        64 * MIB,
+        "bytes",
+        "Largest body of any request but notify, which decides how long a list set_subscriptions"
+        " can carry; above it 413.",
+        least=131072,
+    )
+    max_notifies: int = _option(
+        1024,
+        "requests",
+        "Messages being received or passed on at one time; above it 503 with Retry-After.",
+        least=1,
+    )
+    outgoing_http_timeout_total: float | None = _option(
+        30.0,
+        "seconds",
+        "One delivery from start to answer, waiting for a connection included. Extended by the time"
+        " that outgoing_http_min_rate allows for large messages.",
+        least=0,
+    )
+    outgoing_http_timeout_connect: float | None = _option(
+        None, "seconds", "Until a delivery has a connection, waiting for a free one included.",
+        least=0,
+    )  # fmt: skip
+    outgoing_http_timeout_sock_read: float | None = _option(
+        5.0, "seconds", "Without any progress on the connection of a delivery.", least=0
+    )
+    outgoing_http_timeout_sock_connect: float | None = _option(
+        5.0, "seconds", "One attempt to connect to a subscriber, TLS included.", least=0
+    )
+    outgoing_http_min_rate: int = _option(
+        MIB,
+        "bytes per second",
+        "Slower than this, the delivery of a large message may hit the total timeout.",
+        least=1,
+    )
+    outgoing_connections: int = _option(
+        1024, "connections", "To all subscribers together.", least=1
+    )
+    outgoing_connections_per_host: int = _option(
+        32, "connections", "To one scheme, host and port.", least=1
+    )
+    outgoing_queue_per_host: int = _option(
+        100_000,
+        "deliveries",
+        "Waiting for a connection to one host; what comes on top fails at once and is announced"
+        " by a MISSED notice.",
+        least=1,
+    )
+    unsubscribe_immediate: UnsubscribeImmediate = _option(
+        UnsubscribeImmediate.OBEY,
+        "obey | ignore",
+        "Whether a subscriber may end a subscription by answering a message with 00 0a.",
+    )
+    journal_after: float = _option(
+        0.25,
+        "seconds",
+        "A fan-out that lasts longer writes down what is still open, so that even a killed"
+        " broadcaster sends MISSED notices for it later. 0: before the first delivery.",
+        least=0,
+    )
+    sweep_missed_interval: float = _option(
+        10.0, "seconds", "Longest pause between two looks for MISSED notices that are due.", least=0
+    )
+    missed_lease: float = _option(
+        60.0, "seconds", "After which another broadcaster may repeat a notice that one took on.",
+        least=1,
+    )  # fmt: skip
+    missed_expo_factor: float = _option(
+        1.0, "seconds", "f in the pause before attempt n: f * b^min(n, m) + c + random * j.",
+        least=0,
+    )  # fmt: skip
+    missed_expo_base: float = _option(2.0, "", "b of that pause.", least=1)
+    missed_expo_max: int = _option(11, "", "m of that pause.", least=0)
+    missed_constant: float = _option(1.0, "seconds", "c of that pause.", least=0)
+    missed_jitter: float = _option(2.0, "seconds", "j of that pause.", least=0)
+    missed_max_retries: int = _option(
+        150, "attempts", "After which a notice is given up; by default after about three days.",
+        least=1,
+    )  # fmt: skip
+    auth: AuthConfig = field(default=AuthConfig(Nothing(), Nothing()), repr=False)
+
+    def __post_init__(self) -> None:
+        for row in options():
+            value = getattr(self, row.name)
+            if value is None or row.least is None:
+                continue
+            if not math.isfinite(value) or value < row.least:
+                raise ConfigError(f"{row.name} is {value}, must be at least {row.least:g}")
+        database_path(self.db)
+
+    def missed_delay(self, attempt: int) -> float | None:
+        """Seconds to wait before attempt number `attempt` (0 = first); None: give up."""
+        if attempt >= self.missed_max_retries:
+            return None
+        grown = self.missed_expo_base ** min(self.missed_expo_max, attempt)
+        return (
+            self.missed_expo_factor * grown
+            + self.missed_constant
+            + random.random() * self.missed_jitter
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One row of the options table."""
+
+    name: str
+    type: Any
+    default: Any
+    unit: str
+    help: str
+    least: float | None
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` stands for; raises ConfigError."""
+        kinds = [kind for kind in _kinds(self.type) if kind is not type(None)]
+        if len(kinds) < len(_kinds(self.type)) and text.lower() in ("", "none"):
+            return None
+        try:
+            return kinds[0](text)
+        except ValueError:
+            wanted = self.unit if issubclass(kinds[0], StrEnum) else kinds[0].__name__
+            raise ConfigError(f"{self.name}: {text!r} is not {wanted}") from None
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    return getattr(annotation, "__args__", (annotation,))
+
+
+def options() -> list[Option]:
+    """The options table."""
+    types = get_type_hints(BroadcasterConfig)
+    return [
+        Option(f.name, types[f.name], f.default, **f.metadata)
+        for f in fields(BroadcasterConfig)
+        if f.metadata
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration and, by option name, where each value came from."""
+
+    config: BroadcasterConfig
+    sources: Mapping[str, str]
+
+
+def load(
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    file: Path | None,
+    auth: AuthConfig,
+) -> Loaded:
+    """Arguments before environment before file before defaults.
+
+    Args:
+        flags: option name -> value as given on the command line; None: not given.
+        environment: usually `os.environ`; `LONELYPSS_<NAME>` is read.
+        file: a TOML file of `name = value` lines, or None.
+
+    Raises:
+        ConfigError: an unknown name in the file, or an impossible value; says where it stands.
+    """
+    in_file = _read_file(file)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for row in options():
+        if flags.get(row.name) is not None:
+            values[row.name], sources[row.name] = flags[row.name], row.flag
+        elif row.env in environment:
+            values[row.name], sources[row.name] = environment[row.env], row.env
+        elif row.name in in_file:
+            values[row.name], sources[row.name] = in_file[row.name], str(file)
+        else:
+            sources[row.name] = "default"
+            continue
+        if isinstance(values[row.name], str):
+            try:
+                values[row.name] = row.parse(values[row.name])
+            except ConfigError as e:
+                raise ConfigError(f"{e} (from {sources[row.name]})") from None
+    return Loaded(replace(BroadcasterConfig(**values), auth=auth), sources)
+
+
+def _read_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f"{file}: {e}") from None
+    known = {row.name for row in options()}
+    if unknown := sorted(set(document) - known):
+        raise ConfigError(
+            f"{file}: unknown option {unknown[0]!r}; `lonelypss check-config` lists them all"
+        )
+    return document
+
+
+def database_path(url: str) -> str | None:
+    """The file behind an sqlite url; None for a database in memory.
+
+    Raises:
+        ConfigError: it is no url of a database that this version can use.
+    """
+    if url in ("sqlite://", "sqlite:///:memory:"):
+        return None
+    if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
+        return url.removeprefix("sqlite:///")
+    raise ConfigError(
+        f"db: {url!r} is none of sqlite:///relative.db, sqlite:////absolute.db, sqlite://"
+    )

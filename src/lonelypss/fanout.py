@@ -1,0 +1,268 @@
+"""THE HOT PATH: from a message to its count. Read top to bottom.
+
+notify -> store.match (one query) -> one Delivery per url -> Sender -> Delivery.finish
+       -> failures become rows of missed notices -> the number of subscribers reached
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from os import urandom
+
+from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE, ReceiveHead, ResponseConfirmReceive
+from lonelypsp.errors import AuthResult, ProtocolError
+from lonelypsp.spool import Body
+from lonelypsp.wire import decode, encode
+from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
+from lonelypss.missed import MissedNotices
+from lonelypss.sender import (
+    Post,
+    Reply,
+    Sender,
+    Target,
+    UrlRefused,
+    authorization_header,
+    parse_target,
+)
+from lonelypss.store.base import Store, StoreUnavailable, Subscription
+
+log = logging.getLogger(__name__)
+
+MAX_COUNT = 0xFFFF_FFFF
+IDENTIFIER_LENGTH = 8
+
+
+class Fanout:
+    """Delivers messages to everybody who subscribed.
+
+    Args:
+        store: who subscribed.
+        sender: how to reach them.
+        missed: where failures go.
+    """
+
+    def __init__(
+        self, config: BroadcasterConfig, store: Store, sender: Sender, missed: MissedNotices
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.sender = sender
+        self.missed = missed
+
+    async def notify(self, topic: bytes, body: Body) -> int:
+        """Delivers one message to all its subscribers at once and waits for all answers.
+
+        Each url gets one POST, however many of its subscriptions match.
+
+        Returns:
+            how many subscribers confirmed, at most 2^32 - 1.
+
+        Raises:
+            StoreUnavailable: nobody was asked; nothing was delivered.
+        """
+        matches = await self.store.match(topic)
+        if not matches:
+            return 0
+        round_ = Round(self, topic, body, by_url(matches))
+        if self.config.journal_after == 0:
+            await round_.journal()
+        round_.start()
+        try:
+            async with asyncio.timeout(self.config.journal_after or None):
+                await round_.done.wait()
+        except TimeoutError:
+            await round_.journal()
+            await round_.done.wait()
+        await round_.settle()
+        return min(round_.count, MAX_COUNT)
+
+
+def by_url(matches: Sequence[Subscription]) -> dict[str, list[Subscription]]:
+    """The subscriptions of each url."""
+    urls: dict[str, list[Subscription]] = {}
+    for subscription in matches:
+        urls.setdefault(subscription.url, []).append(subscription)
+    return urls
+
+
+class Round:
+    """One message on its way to all its subscribers."""
+
+    def __init__(
+        self, fanout: Fanout, topic: bytes, body: Body, urls: dict[str, list[Subscription]]
+    ) -> None:
+        self.fanout = fanout
+        self.config = fanout.config
+        self.topic = topic
+        self.body = body
+        self.urls = urls
+        self.open = set(urls)
+        self.count = 0
+        self.failed: list[str] = []
+        self.unsubscribed: list[str] = []
+        self.journaled: set[str] = set()
+        self.done = asyncio.Event()
+        digest = base64.b64encode(body.sha512).decode("ascii")
+        self.digest_header = f"Repr-Digest: sha-512={digest}\r\n".encode()
+
+    def start(self) -> None:
+        """Hands one delivery per url to the sender."""
+        identifiers = urandom(IDENTIFIER_LENGTH * len(self.urls))
+        refused: list[tuple[str, UrlRefused]] = []
+        for n, url in enumerate(self.urls):
+            at = n * IDENTIFIER_LENGTH
+            try:
+                target = parse_target(url)
+            except UrlRefused as e:
+                refused.append((url, e))
+                continue
+            identifier = identifiers[at : at + IDENTIFIER_LENGTH]
+            self.fanout.sender.post(Delivery(self, url, target, identifier))
+        for url, error in refused:
+            self.fail(url, f"url refused: {error}")
+
+    def confirm(self, url: str, count: int) -> None:
+        self.count += count
+        self._settled(url)
+
+    def unsubscribe(self, url: str) -> None:
+        self.unsubscribed.append(url)
+        self._settled(url)
+
+    def fail(self, url: str, reason: str) -> None:
+        recoverable = any(s.recovery for s in self.urls[url])
+        log.warning(
+            "delivery of topic %r to %s failed: %s; %s",
+            self.topic,
+            url,
+            reason,
+            "a MISSED notice follows" if recoverable else "it has no recovery url, nothing follows",
+        )
+        self.failed.append(url)
+        self._settled(url)
+
+    def _settled(self, url: str) -> None:
+        self.open.discard(url)
+        if not self.open:
+            self.done.set()
+
+    async def journal(self) -> None:
+        """Writes down what is still open, so that it outlives this process."""
+        self.journaled = set(self.open)
+        length, rate = self.body.length, self.config.outgoing_http_min_rate
+        grace = (self.config.outgoing_http_timeout_total or 300.0) + length / rate
+        try:
+            await self.fanout.missed.record(self._missed(self.journaled), extra=grace)
+        except StoreUnavailable as e:
+            log.warning("cannot journal the fan-out of topic %r: %s", self.topic, e)
+
+    async def settle(self) -> None:
+        """Writes down what the deliveries came to."""
+        store, missed = self.fanout.store, self.fanout.missed
+        try:
+            if self.failed:
+                await missed.record(self._missed(self.failed))
+            if self.unsubscribed:
+                log.info("unsubscribed on the subscriber's word: %s", self.unsubscribed)
+                await store.drop([s for url in self.unsubscribed for s in self.urls[url]])
+            if kept := self.journaled.difference(self.failed, self.unsubscribed):
+                await store.clear_missed(self._missed(kept))
+        except StoreUnavailable as e:
+            # the message is out and counted: an error now would only make the publisher repeat it
+            log.error(
+                "topic %r: cannot record %d failed deliveries, no MISSED notice will follow: %s",
+                self.topic,
+                len(self.failed),
+                e,
+            )
+
+    def _missed(self, urls: Iterable[str]) -> list[tuple[Subscription, bytes]]:
+        """One subscription per url and recovery url: a notice each is enough."""
+        found: dict[tuple[str, str], Subscription] = {}
+        for url in urls:
+            for subscription in self.urls[url]:
+                if subscription.recovery:
+                    found.setdefault((url, subscription.recovery), subscription)
+        return [(subscription, self.topic) for subscription in found.values()]
+
+
+class Delivery(Post):
+    """One message on its way to one url."""
+
+    __slots__ = ("identifier", "round", "url")
+
+    def __init__(self, round_: Round, url: str, target: Target, identifier: bytes) -> None:
+        super().__init__(target, round_.body)
+        self.round = round_
+        self.url = url
+        self.identifier = identifier
+
+    def head(self) -> bytes:
+        round_ = self.round
+        head = encode(ReceiveHead(b"", round_.topic, self.identifier, round_.body.length))
+        authorization = round_.config.auth.to_subscriber.authorize(
+            "RECEIVE",
+            {
+                "tracing": b"",
+                "url": self.url,
+                "topic": round_.topic,
+                "identifier": self.identifier,
+                "sha512": round_.body.sha512,
+            },
+            time.time(),
+        )
+        length = b"Content-Length: %d\r\n" % (len(head) + round_.body.length)
+        return b"".join(
+            (length, round_.digest_header, authorization_header(authorization), b"\r\n", head)
+        )
+
+    def finish(self, reply: Reply) -> None:
+        """Judges the reply: the outcome table of docs/topics/protocol.md, "Replies"."""
+        round_ = self.round
+        try:
+            if reply.error:
+                round_.fail(self.url, reply.error)
+            elif reply.body == UNSUBSCRIBE_IMMEDIATE:
+                self._asked_to_stop(reply)
+            elif not 200 <= reply.status < 300:
+                round_.fail(self.url, f"status {reply.status}{excerpt(reply.body)}")
+            else:
+                round_.confirm(self.url, self._confirmed(reply.body))
+        except ProtocolError as e:
+            round_.fail(self.url, f"status {reply.status} with a bad reply: {e}")
+
+    def _asked_to_stop(self, reply: Reply) -> None:
+        obeyed = self.round.config.unsubscribe_immediate is UnsubscribeImmediate.OBEY
+        if obeyed and (200 <= reply.status < 300 or reply.status == 410):
+            self.round.unsubscribe(self.url)
+        else:
+            self.round.fail(self.url, f"status {reply.status} with the body 00 0a")
+
+    def _confirmed(self, body: bytes) -> int:
+        answer = decode(ResponseConfirmReceive, body)
+        if answer.identifier != self.identifier:
+            raise ProtocolError("it confirms another message")
+        result = self.round.config.auth.to_broadcaster.check(
+            "CONFIRM_RECEIVE",
+            {
+                "tracing": answer.tracing,
+                "identifier": answer.identifier,
+                "num_subscribers": answer.num_subscribers,
+                "url": self.url,
+            },
+            answer.authorization,
+            time.time(),
+        )
+        if result is not AuthResult.OK:
+            raise ProtocolError(f"its authorization is {result.name}; do both sides share secrets?")
+        return answer.num_subscribers
+
+
+def excerpt(body: bytes) -> str:
+    """The beginning of a text reply, for a log line."""
+    text = body[:200].decode("utf-8", "replace").strip()
+    return f": {text!r}" if text else ""

@@ -1,0 +1,196 @@
+"""MISSED notices: tell a subscriber, until it confirms, that a message may not have reached it.
+
+Rows of the store, by (subscription, topic), with absolute times. Any broadcaster on the same
+database may take a due row; a lease keeps others off it meanwhile. A notice never ends a
+subscription.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from lonelypsp.bodies import Missed, ResponseConfirmMissed
+from lonelypsp.errors import AuthResult, ProtocolError
+from lonelypsp.wire import decode, encode
+from lonelypss.config import BroadcasterConfig
+from lonelypss.sender import (
+    Post,
+    Reply,
+    Sender,
+    Target,
+    UrlRefused,
+    authorization_header,
+    parse_target,
+)
+from lonelypss.store.base import MissedNotice, Store, StoreUnavailable, Subscription
+
+log = logging.getLogger(__name__)
+
+BATCH = 256
+MAX_UNDER_WAY = 1024
+"""Notices being sent at one time: a full batch of dead hosts holds up nobody else's notices."""
+RETRY_AFTER_RANGE = (1.0, 3600.0)
+"""Seconds between which a subscriber's Retry-After is believed."""
+
+
+class MissedNotices:
+    """Records failures and sends the notices that are due. `run` is the sweeper."""
+
+    def __init__(self, config: BroadcasterConfig, store: Store, sender: Sender) -> None:
+        self.config = config
+        self.store = store
+        self.sender = sender
+        self._wake = asyncio.Event()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def record(self, items: Sequence[tuple[Subscription, bytes]], extra: float = 0.0) -> None:
+        """Remembers that these (subscription, topic) pairs were not reached.
+
+        Args:
+            extra: seconds, on top of the first pause, before the notice is due.
+
+        Raises:
+            StoreUnavailable: nothing was recorded.
+        """
+        delay = self.config.missed_delay(0)
+        if not items or delay is None:
+            return
+        await self.store.record_missed(items, time.time() + delay + extra)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Sends due notices until cancelled."""
+        try:
+            while True:
+                self._wake.clear()
+                pause = await self._sweep()
+                try:
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            for task in self._under_way:
+                task.cancel()
+
+    async def _sweep(self) -> float:
+        """Starts on what is due; seconds until the next look."""
+        pause = self.config.sweep_missed_interval
+        room = min(BATCH, MAX_UNDER_WAY - len(self._under_way))
+        if room <= 0:
+            return pause  # whichever ends first wakes us
+        try:
+            notices = await self.store.claim_missed(time.time(), room, self.config.missed_lease)
+            due = await self.store.next_due()
+        except StoreUnavailable as e:
+            log.warning("cannot look for MISSED notices, trying again soon: %s", e)
+            return min(pause, float(e.retry_after))
+        for notice in notices:
+            task = asyncio.create_task(self._announce(notice))
+            self._under_way.add(task)
+            task.add_done_callback(self._ended)
+        return pause if due is None else min(pause, max(0.02, due - time.time()))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a MISSED notice failed in an unforeseen way", exc_info=error)
+
+    async def _announce(self, notice: MissedNotice) -> None:
+        outcome: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+        try:
+            target = parse_target(notice.recovery)
+        except UrlRefused as e:
+            outcome.set_result(Reply(0, b"", f"url refused: {e}"))
+        else:
+            self.sender.post(MissedPost(self.config, notice, target, outcome))
+        failure = await outcome
+        try:
+            await self._settle(notice, failure)
+        except StoreUnavailable as e:
+            log.warning(
+                "cannot write down how the MISSED notice to %s ended, it will be repeated: %s",
+                notice.recovery,
+                e,
+            )
+
+    async def _settle(self, notice: MissedNotice, failure: Reply | None) -> None:
+        if failure is None:
+            log.info("%s knows that it missed %r", notice.recovery, notice.topic)
+            await self.store.finish_missed(notice, time.time())
+            return
+        delay = self.config.missed_delay(notice.attempts + 1)
+        what_next = "given up" if delay is None else f"again in {delay:.0f} s"
+        log.warning(
+            "MISSED notice about %r to %s failed (attempt %d): %s; %s",
+            notice.topic,
+            notice.recovery,
+            notice.attempts + 1,
+            failure.error or f"status {failure.status}",
+            what_next,
+        )
+        if delay is None:
+            await self.store.finish_missed(notice, time.time())
+        else:
+            await self.store.retry_missed(notice, time.time() + max(delay, wish(failure)))
+
+
+def wish(reply: Reply) -> float:
+    """Seconds that the subscriber asks us to wait, within reason."""
+    if reply.status not in (429, 503) or not reply.retry_after.isdigit():
+        return 0.0
+    low, high = RETRY_AFTER_RANGE
+    return min(max(float(reply.retry_after[:10]), low), high)
+
+
+class MissedPost(Post):
+    """One attempt at one notice. `outcome` becomes None once confirmed, else the other reply."""
+
+    __slots__ = ("config", "notice", "outcome")
+
+    def __init__(
+        self,
+        config: BroadcasterConfig,
+        notice: MissedNotice,
+        target: Target,
+        outcome: asyncio.Future[Reply | None],
+    ) -> None:
+        super().__init__(target, None)
+        self.config = config
+        self.notice = notice
+        self.outcome = outcome
+
+    def head(self) -> bytes:
+        body = encode(Missed(b"", self.notice.topic))
+        authorization = self.config.auth.to_subscriber.authorize(
+            "MISSED",
+            {"tracing": b"", "recovery": self.notice.recovery, "topic": self.notice.topic},
+            time.time(),
+        )
+        length = b"Content-Length: %d\r\n" % len(body)
+        return b"".join((length, authorization_header(authorization), b"\r\n", body))
+
+    def finish(self, reply: Reply) -> None:
+        if not self.outcome.done():  # done: the sweeper was cancelled
+            self.outcome.set_result(self._failure(reply))
+
+    def _failure(self, reply: Reply) -> Reply | None:
+        if reply.error or not 200 <= reply.status < 300:
+            return reply
+        try:
+            answer = decode(ResponseConfirmMissed, reply.body)
+        except ProtocolError as e:
+            return Reply(reply.status, b"", f"bad reply: {e}")
+        result = self.config.auth.to_broadcaster.check(
+            "CONFIRM_MISSED",
+            {"tracing": answer.tracing, "topic": self.notice.topic, "url": self.notice.recovery},
+            answer.authorization,
+            time.time(),
+        )
+        if result is AuthResult.OK:
+            return None
+        return Reply(reply.status, b"", f"the authorization of the reply is {result.name}")

@@ -1,0 +1,344 @@
+"""The HTTP endpoints: parse, check the authorization, act, reply.
+
+Each is a raw ASGI callable, so that neither the standalone app nor an application that embeds the
+router pays for a framework on the hot path. `Routes.table` maps paths to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import ExitStack
+from typing import Any
+
+from lonelypsp.bodies import (
+    BROADCASTER_ENDPOINTS,
+    ETAG_FORMAT,
+    CheckSubscriptions,
+    Endpoint,
+    NotifyHead,
+    ResponseCheckSubscriptions,
+    ResponseGeneric,
+    ResponseNotify,
+    SetSubscriptions,
+    SetSubscriptionsHead,
+    SubscribeExact,
+    SubscribeGlob,
+    UnsubscribeExact,
+    UnsubscribeGlob,
+    smallest_trace,
+)
+from lonelypsp.errors import AuthResult, RemoteProtocolError
+from lonelypsp.etag import strong_etag
+from lonelypsp.spool import Body, Spool
+from lonelypsp.wire import HeadParser, Reader, decode, encode, read
+from lonelypss.config import BroadcasterConfig
+from lonelypss.fanout import Fanout
+from lonelypss.sender import UrlRefused, parse_target
+from lonelypss.store.base import Kind, Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+WRITE_SIZE = 1024 * 1024
+"""Bytes gathered before one write to a spool on disk."""
+
+
+class Refused(Exception):
+    """A request that is answered with an error on purpose."""
+
+    def __init__(self, status: int, text: str, retry_after: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.retry_after = retry_after
+
+
+class Disconnected(Exception):
+    """The peer went away before its request was complete; nobody is left to answer."""
+
+
+class Route:
+    """One endpoint as an ASGI callable."""
+
+    def __init__(self, handler: Callable[[Scope, Receive], Awaitable[bytes]]) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await respond(send, 405, b'{"detail":"Method Not Allowed"}', b"application/json")
+            return
+        try:
+            body = await self._handler(scope, receive)
+        except Disconnected:
+            log.info("%s: the peer left before its request was complete", scope["path"])
+        except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, OSError) as e:
+            refused = as_refused(e)
+            log.info("%s answered %d: %s", scope["path"], refused.status, refused)
+            text = f"{refused}\n".encode()
+            await respond(
+                send, refused.status, text, b"text/plain; charset=utf-8", refused.retry_after
+            )
+        else:
+            await respond(send, 200, body, b"application/octet-stream")
+
+
+def as_refused(e: Exception) -> Refused:
+    """The one place where errors become statuses. Anything else is a bug, and a 500."""
+    match e:
+        case Refused():
+            return e
+        case RemoteProtocolError():
+            return Refused(e.status, str(e))
+        case UrlRefused():
+            return Refused(400, f"url-syntax: {e}")
+        case StoreUnavailable():
+            return Refused(503, f"the database is not available: {e}", e.retry_after)
+        case OSError():
+            return Refused(507, f"cannot spool the message (spool_directory): {e.strerror}")
+    raise e
+
+
+async def respond(
+    send: Send, status: int, body: bytes, content_type: bytes, retry_after: int | None = None
+) -> None:
+    """A whole answer. Older peers need the body in one write."""
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    if retry_after is not None:
+        headers.append((b"retry-after", b"%d" % retry_after))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Routes:
+    """The endpoints of one broadcaster."""
+
+    def __init__(self, config: BroadcasterConfig, store: Store, fanout: Fanout) -> None:
+        self.config = config
+        self.store = store
+        self.fanout = fanout
+        self.draining = False
+        self.notifies = 0
+        self._spooled = 0
+        handlers: dict[str, Callable[[Scope, Receive], Awaitable[bytes]]] = {
+            "/v1/subscribe/exact": self.subscribe_exact,
+            "/v1/subscribe/glob": self.subscribe_glob,
+            "/v1/unsubscribe/exact": self.unsubscribe_exact,
+            "/v1/unsubscribe/glob": self.unsubscribe_glob,
+            "/v1/check_subscriptions": self.check_subscriptions,
+            "/v1/set_subscriptions": self.set_subscriptions,
+            "/v1/notify": self.notify,
+        }
+        self.table: Mapping[str, ASGIApp] = {path: Route(h) for path, h in handlers.items()}
+
+    async def subscribe_exact(self, scope: Scope, receive: Receive) -> bytes:
+        request = decode(SubscribeExact, await self._whole_body(receive))
+        signed = {"url": request.url, "recovery": request.recovery, "topic": request.topic}
+        self._check(scope, request.tracing, signed)
+        _check_urls(request.url, request.recovery)
+        if not await self.store.subscribe(Kind.EXACT, request.topic, request.url, request.recovery):
+            raise Refused(409, "this url is subscribed to this topic already")
+        return self._generic(scope, signed)
+
+    async def subscribe_glob(self, scope: Scope, receive: Receive) -> bytes:
+        request = decode(SubscribeGlob, await self._whole_body(receive))
+        signed = {"url": request.url, "recovery": request.recovery, "glob": request.glob}
+        self._check(scope, request.tracing, signed)
+        _check_urls(request.url, request.recovery)
+        if not await self.store.subscribe(
+            Kind.GLOB, request.glob.encode("utf-8"), request.url, request.recovery
+        ):
+            raise Refused(409, "this url is subscribed to this glob already")
+        return self._generic(scope, signed)
+
+    async def unsubscribe_exact(self, scope: Scope, receive: Receive) -> bytes:
+        request = decode(UnsubscribeExact, await self._whole_body(receive))
+        signed = {"url": request.url, "recovery": None, "topic": request.topic}
+        self._check(scope, request.tracing, signed)
+        if not await self.store.unsubscribe(Kind.EXACT, request.topic, request.url):
+            raise Refused(409, "this url is not subscribed to this topic")
+        return self._generic(scope, signed)
+
+    async def unsubscribe_glob(self, scope: Scope, receive: Receive) -> bytes:
+        request = decode(UnsubscribeGlob, await self._whole_body(receive))
+        signed = {"url": request.url, "recovery": None, "glob": request.glob}
+        self._check(scope, request.tracing, signed)
+        if not await self.store.unsubscribe(Kind.GLOB, request.glob.encode("utf-8"), request.url):
+            raise Refused(409, "this url is not subscribed to this glob")
+        return self._generic(scope, signed)
+
+    async def check_subscriptions(self, scope: Scope, receive: Receive) -> bytes:
+        request = decode(CheckSubscriptions, await self._whole_body(receive))
+        self._check(scope, request.tracing, {"url": request.url})
+        rows = await self.store.subscriptions(request.url)
+        etag = strong_etag(
+            request.url,
+            [(row.pattern, row.recovery) for row in rows if row.kind is Kind.EXACT],
+            [(row.pattern.decode(), row.recovery) for row in rows if row.kind is Kind.GLOB],
+        )
+        signed = {"etag_format": ETAG_FORMAT, "etag": etag}
+        return encode(
+            ResponseCheckSubscriptions(self._authorize(scope, b"", signed), b"", ETAG_FORMAT, etag)
+        )
+
+    async def set_subscriptions(self, scope: Scope, receive: Receive) -> bytes:
+        body = await self._whole_body(receive)
+        head = read(SetSubscriptionsHead, Reader(body))
+        signed = {"etag_format": head.etag_format, "etag": head.etag}
+        self._check(scope, head.tracing, {"url": head.url, **signed})
+        if head.etag_format != ETAG_FORMAT:
+            raise RemoteProtocolError(f"etag format {head.etag_format} is not {ETAG_FORMAT}")
+        request = decode(SetSubscriptions, body)
+        if strong_etag(request.url, request.exact, request.globs) != request.etag:
+            raise RemoteProtocolError("the etag is not that of the list that came with it")
+        recoveries = {r for _, r in request.exact} | {r for _, r in request.globs}
+        if recoveries:
+            _check_urls(request.url, *recoveries)
+        await self.store.set_subscriptions(request.url, request.exact, request.globs)
+        return self._generic(scope, signed)
+
+    async def notify(self, scope: Scope, receive: Receive) -> bytes:
+        if self.draining or self.notifies >= self.config.max_notifies:
+            why = "stopping" if self.draining else "busy (max_notifies)"
+            raise Refused(503, f"this broadcaster is {why}", 1)
+        self.notifies += 1
+        received_ns = time.time_ns()
+        try:
+            head, rest, more = await _notify_head(receive)
+            signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
+            self._check(scope, head.tracing, signed)
+            with ExitStack() as held:
+                body = await self._message(head, rest, more, receive, held)
+                held.callback(body.close)
+                count = await self.fanout.notify(head.topic, body)
+        finally:
+            self.notifies -= 1
+        tracing = smallest_trace(received_ns, time.time_ns())
+        authorization = self._authorize(scope, tracing, {**signed, "subscribers": count})
+        return encode(ResponseNotify(authorization, tracing, count, head.identifier))
+
+    async def _message(
+        self, head: NotifyHead, rest: bytes, more: bool, receive: Receive, held: ExitStack
+    ) -> Body:
+        """Receives the message behind `head`; what it occupies is freed with `held`."""
+        on_disk = head.length > self.config.message_body_spool_size
+        if on_disk:
+            self._reserve(head.length, held)
+        spool = held.enter_context(
+            Spool(
+                head.length,
+                memory_limit=self.config.message_body_spool_size,
+                directory=self.config.spool_directory,
+            )
+        )
+        if not on_disk:
+            spool.write(rest)
+            while more:
+                rest, more = await _chunk(receive)
+                spool.write(rest)
+            return spool.finish(head.sha512)
+        gathered, size = [rest], len(rest)
+        while more:
+            rest, more = await _chunk(receive)
+            gathered.append(rest)
+            size += len(rest)
+            if size >= WRITE_SIZE:
+                await asyncio.to_thread(spool.write, b"".join(gathered))
+                gathered, size = [], 0
+        await asyncio.to_thread(spool.write, b"".join(gathered))
+        return spool.finish(head.sha512)
+
+    def _reserve(self, length: int, held: ExitStack) -> None:
+        quota = self.config.spool_quota
+        if length > quota:
+            raise Refused(413, f"a message of {length:,} bytes exceeds spool_quota ({quota:,})")
+        if self._spooled + length > quota:
+            raise Refused(507, f"spool_quota ({quota:,} bytes) is used up, try again later", 5)
+        self._spooled += length
+        held.callback(self._release, length)
+
+    def _release(self, length: int) -> None:
+        self._spooled -= length
+
+    async def _whole_body(self, receive: Receive) -> bytes:
+        body, more = await _chunk(receive)
+        if not more:
+            return body
+        parts, size = [body], len(body)
+        while more:
+            body, more = await _chunk(receive)
+            parts.append(body)
+            size += len(body)
+            if size > self.config.max_request_body:
+                limit = self.config.max_request_body
+                raise Refused(413, f"the body exceeds max_request_body ({limit:,} bytes)")
+        return b"".join(parts)
+
+    def _check(self, scope: Scope, tracing: bytes, signed: dict[str, Any]) -> None:
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(values) > 1:
+            raise Refused(400, "more than one Authorization header")
+        authorization = values[0].decode("latin-1") if values else None
+        operation = _endpoint(scope).request_operation
+        result = self.config.auth.to_broadcaster.check(
+            operation, {"tracing": tracing, **signed}, authorization, time.time()
+        )
+        if result is not AuthResult.OK:
+            retry = 1 if result is AuthResult.UNAVAILABLE else None
+            raise Refused(result.status, _AUTH_TEXTS[result], retry)
+
+    def _authorize(self, scope: Scope, tracing: bytes, signed: dict[str, Any]) -> str | None:
+        operation = _endpoint(scope).response_operation
+        fields = {"tracing": tracing, **signed}
+        return self.config.auth.to_subscriber.authorize(operation, fields, time.time())
+
+    def _generic(self, scope: Scope, signed: dict[str, Any]) -> bytes:
+        return encode(ResponseGeneric(self._authorize(scope, b"", signed)))
+
+
+_AUTH_TEXTS = {
+    AuthResult.UNAUTHORIZED: "authorization is required: both sides need the same secrets file",
+    AuthResult.FORBIDDEN: (
+        "the authorization is wrong, stale or was used before:"
+        " compare the secrets files and the clocks of both sides"
+    ),
+    AuthResult.UNAVAILABLE: "authorization cannot be checked now",
+}
+
+
+def _endpoint(scope: Scope) -> Endpoint:
+    """The row of the protocol's table, also when the router is mounted under a prefix."""
+    path: str = scope["path"]
+    return BROADCASTER_ENDPOINTS[path[path.rindex("/v1/") :]]
+
+
+def _check_urls(url: str, *recoveries: str | None) -> None:
+    parse_target(url)
+    for recovery in recoveries:
+        if recovery is not None:
+            parse_target(recovery)
+
+
+async def _chunk(receive: Receive) -> tuple[bytes, bool]:
+    event = await receive()
+    if event["type"] != "http.request":
+        raise Disconnected
+    return event.get("body", b""), event.get("more_body", False)
+
+
+async def _notify_head(receive: Receive) -> tuple[NotifyHead, bytes, bool]:
+    parser = HeadParser(NotifyHead)
+    while True:
+        chunk, more = await _chunk(receive)
+        if (parsed := parser.feed(chunk)) is not None:
+            return *parsed, more
+        if not more:
+            raise parser.end()
