@@ -53,9 +53,9 @@ class Body:
         Raises:
             ValueError: the body was closed.
         """
-        if self.data is not None:
-            return self.data[offset : offset + length]
-        file = self._file  # another thread may close the body meanwhile
+        data, file = self.data, self._file  # another thread may close the body meanwhile
+        if data is not None:
+            return data[offset : offset + length]
         if file is None:
             raise ValueError("the body is closed: a message is valid until the next iteration")
         return os.pread(file.fileno(), length, offset)
