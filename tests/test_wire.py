@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
 import pytest
@@ -142,7 +143,7 @@ BAD_UTF8 = [
 @pytest.mark.parametrize("raw", BAD_UTF8)
 @pytest.mark.parametrize("codec", [wire.TEXT16, wire.OPTIONAL_TEXT16], ids=["text", "optional"])
 def test_bad_utf8_is_the_peers_fault(codec: Any, raw: bytes) -> None:
-    with pytest.raises(RemoteProtocolError, match="^url: not UTF-8") as caught:
+    with pytest.raises(RemoteProtocolError, match=r"^url: not UTF-8") as caught:
         codec.decode(Reader(wire.BYTES16.encode(raw, "")), "url")
     assert not isinstance(caught.value, Incomplete), "more bytes will not repair it"
     assert caught.value.status == 400
@@ -236,7 +237,7 @@ def feed(parser: HeadParser[Any], chunks: list[bytes]) -> tuple[Any, bytes] | No
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 @pytest.mark.parametrize("cls", HEADS)
