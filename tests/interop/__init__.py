@@ -1,0 +1,1 @@
+"""Tests with the older implementation of the protocol as the other peer."""
