@@ -1,0 +1,1 @@
+"""The lonelyps broadcaster: keeps subscriptions and fans each notify out to those that match."""

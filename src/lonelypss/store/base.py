@@ -1,0 +1,166 @@
+"""The contract of a store: what a broadcaster keeps in its database, and what it may rely on.
+
+Once `subscribe`, `unsubscribe`, `set_subscriptions` or `drop` has returned, every `match` that
+starts afterwards, in any process on the same database, sees it. What has returned survives a kill
+and a power cut. A call that raises has changed nothing, with one exception: when the connection is
+lost at the very moment of a commit, nobody can know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import resources
+from typing import Protocol
+
+
+class Kind(IntEnum):
+    """How a subscription's pattern is compared with topics."""
+
+    EXACT = 0
+    GLOB = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """Whom to tell about which topics.
+
+    Attributes:
+        id: never used again, also after the row is gone.
+        pattern: the topic, or the glob as UTF-8.
+        url: where messages go.
+        recovery: where to announce messages that could not be delivered, if anywhere.
+    """
+
+    id: int
+    kind: Kind
+    pattern: bytes
+    url: str
+    recovery: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MissedNotice:
+    """A topic on which a subscription missed something, claimed by whoever holds this object.
+
+    Attributes:
+        generation: grows with each further failure, so that one during the notice is not lost.
+        recovery: where to send the notice.
+        attempts: how often that failed before.
+    """
+
+    id: int
+    generation: int
+    subscription_id: int
+    recovery: str
+    topic: bytes
+    attempts: int
+
+
+class StoreUnavailable(Exception):
+    """The database cannot answer now. The same call may succeed later.
+
+    Attributes:
+        retry_after: seconds a client should wait before it tries again.
+    """
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StoreCorrupt(StoreUnavailable):
+    """The database is damaged, or not ours. Nothing gets better until somebody looks at it."""
+
+
+class Store(Protocol):
+    """What every database can do. Each method may raise StoreUnavailable.
+
+    Times are unix seconds and come from the caller.
+    """
+
+    async def open(self) -> None:
+        """Connect and bring the schema up to date.
+
+        Raises:
+            StoreCorrupt: the database is damaged or not ours.
+        """
+
+    async def close(self) -> None:
+        """Finish what is queued and disconnect. Closing twice is fine."""
+
+    async def match(self, topic: bytes) -> list[Subscription]:
+        """The subscriptions to `topic`, exact and glob, in no particular order."""
+
+    async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
+        """Add a subscription.
+
+        Returns:
+            Whether it is new. An existing one is left as it is, its recovery url too.
+
+        Raises:
+            UnicodeDecodeError: a glob is not UTF-8.
+        """
+
+    async def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> bool:
+        """Remove a subscription, and its missed notices. Returns whether it existed."""
+
+    async def subscriptions(self, url: str) -> list[Subscription]:
+        """What `url` is subscribed to, sorted by kind, then by the bytes of the pattern."""
+
+    async def set_subscriptions(
+        self,
+        url: str,
+        exact: Iterable[tuple[bytes, str | None]],
+        globs: Iterable[tuple[str, str | None]],
+    ) -> None:
+        """Replace all subscriptions of `url` by these pairs of pattern and recovery, or none.
+
+        A subscription that was there before keeps its id; if nothing changes, nothing is written.
+        """
+
+    async def drop(self, subscriptions: Sequence[Subscription]) -> None:
+        """Remove exactly these rows, not equal ones that were added after they were removed."""
+
+    async def record_missed(self, items: Sequence[tuple[Subscription, bytes]], due: float) -> None:
+        """Note that each subscription missed something on the topic, to be announced at `due`.
+
+        Subscriptions without a recovery url, and those that are gone, are left out. Where the topic
+        is noted already, the earlier time counts.
+        """
+
+    async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
+        """Take back notes made as a precaution, unless something else happened to them since."""
+
+    async def claim_missed(self, now: float, limit: int, lease: float) -> list[MissedNotice]:
+        """Take up to `limit` notices that are due; nobody else gets them for `lease` seconds.
+
+        What has waited longest comes first. Follow up with `finish_missed` or `retry_missed`.
+        """
+
+    async def finish_missed(self, notice: MissedNotice, now: float) -> None:
+        """Forget a notice that was confirmed or given up.
+
+        If there was another failure since it was claimed, it is due at `now` instead.
+        """
+
+    async def retry_missed(self, notice: MissedNotice, due: float) -> None:
+        """Release a notice until `due` and count the attempt.
+
+        If there was another failure since it was claimed, counting starts again.
+        """
+
+    async def next_due(self) -> float | None:
+        """When the first notice can be claimed, if there is any."""
+
+    async def counts(self) -> dict[str, int]:
+        """How many `exact`, `glob` and `missed` rows there are, for operators."""
+
+
+def load_queries(name: str) -> dict[str, str]:
+    """The statements in the file `name` of this package, by the `-- name: x` above each."""
+    text = resources.files(__package__).joinpath(name).read_text("utf-8")
+    _, *parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))

@@ -1,0 +1,563 @@
+"""A store in one SQLite file, or in memory.
+
+Any number of processes on one machine can share a file. Each has three connections to it:
+
+- one for `match`, used in the event loop, since a look-up takes less than the way to a thread and
+  back. It never waits: when something is in the way, the question moves to
+- the reader thread, which also answers what is asked rarely;
+- the writer thread. What arrives while it commits shares the next transaction, and with it the cost
+  of bringing that to the disk. Nobody is answered before the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeAlias, TypeVar
+
+from lonelypsp.globs import GlobIndex
+from lonelypss.store.base import (
+    Kind,
+    MissedNotice,
+    StoreCorrupt,
+    StoreUnavailable,
+    Subscription,
+    load_queries,
+)
+
+T = TypeVar("T")
+_Work: TypeAlias = Callable[[sqlite3.Connection], T]
+
+_SQL = load_queries("sqlite.sql")
+_MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in k for k in _SQL))]
+_MATCH = _SQL["match"]
+
+_QUEUE_LIMIT = 10_000
+_OPEN_TIMEOUT = 10.0  # others may be migrating
+_LOCK_PAUSE = 0.01
+# Changed globs that are taken over in one go; more would hold up the event loop.
+_SLICE = 500
+
+
+class SqliteStore:
+    """See the module's text and `lonelypss.store.base.Store`.
+
+    Attributes:
+        path: the file, or None to keep everything in memory, for this process only.
+        busy_timeout: how many seconds a call waits while other processes lock the file.
+        connection_class: what connections are made of; for tests that inject faults.
+    """
+
+    connection_class: type[sqlite3.Connection] = sqlite3.Connection
+
+    def __init__(self, path: str | None, *, busy_timeout: float = 0.75) -> None:
+        self.path = None if path is None else os.path.realpath(path)
+        self.busy_timeout = busy_timeout
+        self._refresh: asyncio.Task[None] | None = None
+        self._is_open = False
+
+    async def open(self) -> None:
+        self._globs = _Globs()
+        self._reader: _Inline | _Worker
+        self._writer: _Inline | _Worker
+        if self.path is None:
+            self._matcher = _connect(None, self.connection_class)
+            _migrate(self._matcher, ":memory:")
+            self._reader = _Inline(self._matcher, "BEGIN")
+            self._writer = _Inline(self._matcher, "BEGIN IMMEDIATE")
+        else:
+            connect = partial(_connect, self.path, self.connection_class)
+            try:
+                await asyncio.to_thread(_prepare, self.path, connect)
+                self._matcher = connect()
+            except sqlite3.Error as error:
+                raise self._explain(error) from error
+            self._reader = _Worker("sqlite reader", connect, "BEGIN", self.busy_timeout)
+            self._writer = _Worker("sqlite writer", connect, "BEGIN IMMEDIATE", self.busy_timeout)
+        self._is_open = True
+        try:
+            await self._refresh_globs()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._refresh:
+            await asyncio.wait([self._refresh])
+        await self._reader.stop()
+        await self._writer.stop()
+        self._matcher.close()
+
+    # Subscriptions
+
+    async def match(self, topic: bytes) -> list[Subscription]:
+        try:
+            rows = self._matcher.execute(_MATCH, (topic,)).fetchall()
+        except sqlite3.Error:
+            rows = await self._read(lambda db: db.execute(_MATCH, (topic,)).fetchall())
+        version = rows[0][0]
+        if version > self._globs.version:
+            await self._catch_up(version)
+        found = [
+            Subscription(id, Kind.EXACT, topic, url, recovery)
+            for _, id, url, recovery in rows
+            if id is not None
+        ]
+        return found + self._globs.match(topic)
+
+    async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
+        if kind == Kind.GLOB:
+            pattern.decode()
+        row = (kind, pattern, url, recovery)
+        return await self._write(lambda db: db.execute(_SQL["subscribe"], row).rowcount > 0)
+
+    async def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> bool:
+        row = (kind, pattern, url)
+        return await self._write(lambda db: db.execute(_SQL["unsubscribe"], row).rowcount > 0)
+
+    async def subscriptions(self, url: str) -> list[Subscription]:
+        rows = await self._read(lambda db: db.execute(_SQL["subscriptions"], (url,)).fetchall())
+        return [Subscription(id, Kind(kind), *rest) for id, kind, *rest in rows]
+
+    async def set_subscriptions(
+        self,
+        url: str,
+        exact: Iterable[tuple[bytes, str | None]],
+        globs: Iterable[tuple[str, str | None]],
+    ) -> None:
+        # lists, because a generator could not be read again when the work is repeated
+        exact, globs = list(exact), list(globs)
+
+        def work(db: sqlite3.Connection) -> None:
+            wanted = {(int(Kind.EXACT), topic): recovery for topic, recovery in exact}
+            wanted |= {(int(Kind.GLOB), glob.encode()): recovery for glob, recovery in globs}
+            added, changed = [], []
+            surplus = {
+                (kind, pattern): (id, recovery)
+                for id, kind, pattern, _, recovery in db.execute(_SQL["subscriptions"], (url,))
+            }
+            for key, recovery in wanted.items():
+                before = surplus.pop(key, None)
+                if before is None:
+                    added.append((*key, url, recovery))
+                elif before[1] != recovery:
+                    changed.append((before[0], recovery))
+            db.executemany(_SQL["drop"], [(id,) for id, _ in surplus.values()])
+            db.executemany(_SQL["change_recovery"], changed)
+            db.executemany(_SQL["subscribe"], added)
+
+        await self._write(work)
+
+    async def drop(self, subscriptions: Sequence[Subscription]) -> None:
+        await self._write_many("drop", [(s.id,) for s in subscriptions])
+
+    # Missed notices
+
+    async def record_missed(self, items: Sequence[tuple[Subscription, bytes]], due: float) -> None:
+        rows = [(subscription.id, topic, due) for subscription, topic in items]
+        await self._write_many("record_missed", rows)
+
+    async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
+        rows = [(subscription.id, topic) for subscription, topic in items]
+        await self._write_many("clear_missed", rows)
+
+    async def claim_missed(self, now: float, limit: int, lease: float) -> list[MissedNotice]:
+        times = (now, limit, lease)
+        rows = await self._write(lambda db: db.execute(_SQL["claim_missed"], times).fetchall())
+        return [MissedNotice(*row) for _, *row in sorted(rows)]
+
+    async def finish_missed(self, notice: MissedNotice, now: float) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            row = (notice.id, notice.generation)
+            if db.execute(_SQL["finish_missed"], row).rowcount == 0:
+                db.execute(_SQL["renew_missed"], (notice.id, now))
+
+        await self._write(work)
+
+    async def retry_missed(self, notice: MissedNotice, due: float) -> None:
+        await self._write_many("retry_missed", [(notice.id, notice.generation, due)])
+
+    async def next_due(self) -> float | None:
+        row = await self._read(lambda db: db.execute(_SQL["next_due"]).fetchone())
+        return float(row[0]) if row else None
+
+    async def counts(self) -> dict[str, int]:
+        row = await self._read(lambda db: db.execute(_SQL["counts"]).fetchone())
+        return dict(zip(("exact", "glob", "missed"), row, strict=True))
+
+    # The globs in memory
+
+    async def _catch_up(self, version: int) -> None:
+        """Bring the globs to `version` or later. All that wait share one refresh."""
+        running = self._refresh and not self._refresh.done()
+        if not running and version - self._globs.version <= _SLICE:
+            work = partial(_read_globs, self._globs.version)
+            with suppress(sqlite3.Error):  # the reader thread gets the same and has time to wait
+                change = _one(_transact(self._matcher, "BEGIN", [work]))
+                for _ in self._take_over(change):
+                    pass
+        while self._globs.version < version:
+            if not self._refresh or self._refresh.done():
+                self._refresh = asyncio.create_task(self._refresh_globs())
+                # its outcome counts as seen, even if all that wait are cancelled
+                self._refresh.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(self._refresh)
+
+    async def _refresh_globs(self) -> None:
+        change = await self._read(partial(_read_globs, self._globs.version))
+        for _ in self._take_over(change):
+            await asyncio.sleep(0)
+
+    def _take_over(self, change: _GlobChange) -> Iterator[None]:
+        """Apply `change` in steps. Until the last, all who need the new version wait."""
+        globs = _Globs() if change.is_complete else self._globs
+        for start in range(0, len(change.rows), _SLICE):
+            globs.update(change.rows[start : start + _SLICE])
+            yield
+        globs.version = change.version
+        self._globs = globs
+
+    # Work on the database
+
+    async def _read(self, work: _Work[T]) -> T:
+        try:
+            return await self._reader.call(work)
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    async def _write(self, work: _Work[T]) -> T:
+        try:
+            return await self._writer.call(work)
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    async def _write_many(self, query: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if rows:
+            await self._write(lambda db: db.executemany(_SQL[query], rows))
+
+    def _explain(self, error: sqlite3.Error) -> Exception:
+        """What to raise for `error`: itself where it is a bug of ours."""
+        code = _code(error)
+        if code in _DAMAGED:
+            return StoreCorrupt(f"{self.path} is damaged: {error}. {_RESTORE}")
+        if reason := _REASONS.get(code):
+            where = self.path or "the database in memory"
+            return StoreUnavailable(f"{where} {reason} ({error})")
+        return error
+
+
+class _Globs:
+    """All globs of one version of the database."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self._by_id: dict[int, Subscription] = {}
+        self._index: GlobIndex[int] = GlobIndex()
+
+    def match(self, topic: bytes) -> list[Subscription]:
+        return [self._by_id[id] for id in self._index.match(topic)]
+
+    def update(self, rows: Iterable[tuple[int, bytes | None, str, str | None]]) -> None:
+        """Take over rows that are new or changed, or, with None as pattern, deleted."""
+        for id, pattern, url, recovery in rows:
+            if before := self._by_id.pop(id, None):
+                self._index.remove(before.pattern.decode(), id)
+            if pattern is not None:
+                self._by_id[id] = Subscription(id, Kind.GLOB, pattern, url, recovery)
+                self._index.add(pattern.decode(), id)
+
+
+@dataclass(frozen=True, slots=True)
+class _GlobChange:
+    version: int
+    is_complete: bool
+    rows: list[tuple[int, bytes | None, str, str | None]]
+
+
+def _read_globs(known: int, db: sqlite3.Connection) -> _GlobChange:
+    """What to add to the globs of version `known`, or all where that is too long ago."""
+    version, history = db.execute(_SQL["glob_version"]).fetchone()
+    if not 0 <= known <= version <= known + history:
+        return _GlobChange(version, True, db.execute(_SQL["all_globs"]).fetchall())
+    dropped = db.execute(_SQL["dropped_globs"], (known,)).fetchall()
+    changed = db.execute(_SQL["changed_globs"], (known,)).fetchall()
+    return _GlobChange(version, False, dropped + changed)
+
+
+# Opening
+
+
+def _connect(
+    path: str | None, factory: type[sqlite3.Connection], *, mode: str = "rw"
+) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        f"{Path(path).as_uri()}?mode={mode}" if path else ":memory:",
+        uri=path is not None,
+        timeout=0,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=64,
+        factory=factory,
+    )
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("PRAGMA foreign_keys = ON")
+    return db
+
+
+def _prepare(path: str, connect: Callable[..., sqlite3.Connection]) -> None:
+    """Create, check or migrate the file. Several processes may do so at once."""
+    deadline = time.monotonic() + _OPEN_TIMEOUT
+    while True:
+        _refuse_what_is_torn(path)
+        try:
+            with closing(connect(mode="rwc")) as db:
+                if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                    raise StoreCorrupt(f"{path} is damaged: {found}. {_RESTORE}")
+                _migrate(db, path)
+                # Only now, with the schema in the file itself: a file without tables is always
+                # new, never one that lost its -wal.
+                if (found := db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
+                    raise StoreUnavailable(f"{path} cannot use WAL ({found}): use a local disk")
+            return
+        except sqlite3.Error as error:
+            if not _is_locked(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOCK_PAUSE)
+
+
+def _refuse_what_is_torn(path: str) -> None:
+    """SQLite would start from an older state, or an empty one, and say nothing."""
+    file, wal, shm = Path(path), Path(f"{path}-wal"), Path(f"{path}-shm")
+    # The order of the questions matters while another process opens or closes the file: it creates
+    # the -wal after the file and before the -shm, and removes the -wal last.
+    if wal.exists() and not (file.exists() and file.stat().st_size):
+        raise StoreCorrupt(f"{wal} is there, but {path} is missing or empty. {_RESTORE}")
+    if not wal.exists() and shm.exists() and not wal.exists() and file.exists():
+        raise StoreCorrupt(
+            f"{shm} is there, but {wal} is missing, and with it the newest changes. {_RESTORE} To "
+            f"go on without them, remove {shm}."
+        )
+
+
+def _migrate(db: sqlite3.Connection, path: str) -> None:
+    if _schema_version(db) == len(_MIGRATIONS):
+        return
+
+    def work(db: sqlite3.Connection) -> None:
+        version = _schema_version(db)
+        if version > len(_MIGRATIONS):
+            raise StoreCorrupt(
+                f"{path} has schema version {version}, this lonelypss knows {len(_MIGRATIONS)}: "
+                "run a newer lonelypss"
+            )
+        if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise StoreCorrupt(f"{path} belongs to another program: name another file (--db)")
+        statement = ""
+        for line in "\n".join(_MIGRATIONS[version:]).splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                db.execute(statement)
+                statement = ""
+        db.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+
+    _one(_transact(db, "BEGIN IMMEDIATE", [work]))
+
+
+def _schema_version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+# Transactions
+
+
+def _transact(
+    db: sqlite3.Connection, begin: str, works: Sequence[_Work[Any]]
+) -> list[Any | Exception]:
+    """Do all `works` in one transaction, which is over afterwards, whatever happens.
+
+    Returns:
+        For each what it returned or raised. Work that raised has changed nothing.
+    """
+    try:
+        db.execute(begin)
+        outcomes = [_in_savepoint(db, work) for work in works]
+        db.execute("COMMIT")
+        return outcomes
+    except Exception as error:  # noqa: BLE001 everyone who waits gets it
+        return [error] * len(works)
+    finally:
+        if db.in_transaction:
+            with suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+
+
+def _in_savepoint(db: sqlite3.Connection, work: _Work[T]) -> T | Exception:
+    outcome: T | Exception
+    db.execute("SAVEPOINT work")
+    try:
+        outcome = work(db)
+    except Exception as error:
+        if not db.in_transaction:  # SQLite gave up all of it, not only this work
+            raise
+        db.execute("ROLLBACK TO work")
+        outcome = error
+    db.execute("RELEASE work")
+    return outcome
+
+
+def _one(outcomes: list[Any | Exception]) -> Any:
+    (outcome,) = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+class _Inline:
+    """Does work at once: for the database in memory, which is never locked."""
+
+    def __init__(self, db: sqlite3.Connection, begin: str) -> None:
+        self._db = db
+        self._begin = begin
+
+    async def call(self, work: _Work[T]) -> T:
+        result: T = _one(_transact(self._db, self._begin, [work]))
+        return result
+
+    async def stop(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: _Work[Any]
+    future: asyncio.Future[Any]
+    deadline: float
+
+
+class _Worker:
+    """A thread with a connection of its own. Work that piles up shares a transaction."""
+
+    def __init__(
+        self, name: str, connect: Callable[[], sqlite3.Connection], begin: str, patience: float
+    ) -> None:
+        self._connect = connect
+        self._begin = begin
+        self._patience = patience
+        self._loop = asyncio.get_running_loop()
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._unanswered = 0
+        self._stopped = False
+        self._db: sqlite3.Connection | None = None
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    # in the event loop
+
+    async def call(self, work: _Work[T]) -> T:
+        if self._stopped:
+            raise StoreUnavailable("the store is closed")
+        if self._unanswered >= _QUEUE_LIMIT:
+            raise StoreUnavailable(f"the database is {_QUEUE_LIMIT:,} calls behind")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._unanswered += 1
+        self._queue.put(_Job(work, future, time.monotonic() + self._patience))
+        return await future
+
+    async def stop(self) -> None:
+        """Finish what is queued."""
+        self._stopped = True
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _answer(self, answers: list[tuple[_Job, Any | Exception]]) -> None:
+        self._unanswered -= len(answers)
+        for job, outcome in answers:
+            if job.future.done():  # whoever waited was cancelled
+                continue
+            if isinstance(outcome, Exception):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome)
+
+    # in the thread
+
+    def _run(self) -> None:
+        jobs: list[_Job] = []
+        stopping = False
+        while jobs or not stopping:
+            arrived = self._arrived(wait=not jobs)
+            stopping = stopping or None in arrived
+            jobs += [job for job in arrived if job]
+            outcomes = self._attempt([job.work for job in jobs])
+            now = time.monotonic()
+            answers, locked = [], []
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if _is_locked(outcome) and now < job.deadline:
+                    locked.append(job)
+                else:
+                    answers.append((job, outcome))
+            with suppress(RuntimeError):  # the loop is closed, nobody waits any more
+                self._loop.call_soon_threadsafe(self._answer, answers)
+            jobs = locked
+            if locked:
+                time.sleep(_LOCK_PAUSE)
+        self._disconnect()
+
+    def _arrived(self, *, wait: bool) -> list[_Job | None]:
+        arrived = [self._queue.get()] if wait else []
+        with suppress(Empty):
+            while True:
+                arrived.append(self._queue.get_nowait())
+        return arrived
+
+    def _attempt(self, works: list[_Work[Any]]) -> list[Any | Exception]:
+        try:
+            self._db = self._db or self._connect()
+        except sqlite3.Error as error:
+            return [error] * len(works)
+        outcomes = _transact(self._db, self._begin, works)
+        if any(isinstance(o, sqlite3.Error) and not _is_locked(o) for o in outcomes):
+            self._disconnect()  # whatever broke, the next transaction starts with a new connection
+        return outcomes
+
+    def _disconnect(self) -> None:
+        if self._db:
+            with suppress(sqlite3.Error):
+                self._db.close()
+        self._db = None
+
+
+# Errors
+
+_RESTORE = "Restore it from a backup, or move it away to start with an empty one."
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+_REASONS = {
+    **dict.fromkeys(_LOCKED, "is locked by another process for longer than busy_timeout"),
+    sqlite3.SQLITE_FULL: "cannot grow: free space on its disk",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: check its disk",
+    sqlite3.SQLITE_READONLY: "is read-only: check its permissions, and how its disk is mounted",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened: check --db, and the permissions of the directory",
+    sqlite3.SQLITE_NOMEM: "found no memory left",
+}
+
+
+def _code(error: object) -> int:
+    """The primary result code of SQLite, 0 for what is no error of SQLite."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _is_locked(outcome: object) -> bool:
+    return _code(outcome) in _LOCKED

@@ -1,0 +1,131 @@
+-- Everything that sqlite.py says to the database. Migrations run once, in the order of their
+-- numbers, and are never edited after a release.
+
+-- name: migration_1
+CREATE TABLE subscriptions (
+    -- AUTOINCREMENT: an id that was handed out never means another row
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind INTEGER NOT NULL CHECK (kind IN (0, 1)),
+    pattern BLOB NOT NULL,
+    url TEXT NOT NULL,
+    recovery TEXT,
+    -- of a glob: the glob version that its last change made
+    version INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (kind, pattern, url)
+);
+CREATE INDEX subscriptions_of_url ON subscriptions (url, kind, pattern);
+CREATE INDEX globs_by_version ON subscriptions (version) WHERE kind = 1;
+
+-- Every change of a glob row makes a new glob version. The triggers see to it, so that whoever
+-- edits the table, with the sqlite3 shell too, cannot leave a broadcaster with an old index.
+CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO meta VALUES ('glob_version', 0), ('glob_history', 10000);
+-- Deleted globs of the newest `glob_history` versions.
+CREATE TABLE dropped_globs (version INTEGER PRIMARY KEY, subscription_id INTEGER NOT NULL);
+
+CREATE TRIGGER glob_added AFTER INSERT ON subscriptions WHEN NEW.kind = 1 BEGIN
+    UPDATE meta SET value = value + 1 WHERE key = 'glob_version';
+    UPDATE subscriptions SET version = (SELECT value FROM meta WHERE key = 'glob_version')
+    WHERE id = NEW.id;
+END;
+CREATE TRIGGER glob_changed AFTER UPDATE OF pattern, url, recovery ON subscriptions
+WHEN NEW.kind = 1 BEGIN
+    UPDATE meta SET value = value + 1 WHERE key = 'glob_version';
+    UPDATE subscriptions SET version = (SELECT value FROM meta WHERE key = 'glob_version')
+    WHERE id = NEW.id;
+END;
+CREATE TRIGGER glob_dropped AFTER DELETE ON subscriptions WHEN OLD.kind = 1 BEGIN
+    UPDATE meta SET value = value + 1 WHERE key = 'glob_version';
+    INSERT INTO dropped_globs SELECT value, OLD.id FROM meta WHERE key = 'glob_version';
+    DELETE FROM dropped_globs WHERE version <=
+        (SELECT value FROM meta WHERE key = 'glob_version')
+        - (SELECT value FROM meta WHERE key = 'glob_history');
+END;
+
+CREATE TABLE missed (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    subscription_id INTEGER NOT NULL REFERENCES subscriptions ON DELETE CASCADE,
+    topic BLOB NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    due REAL NOT NULL,
+    lease_until REAL NOT NULL DEFAULT 0,
+    generation INTEGER NOT NULL DEFAULT 1,
+    UNIQUE (subscription_id, topic)
+);
+CREATE INDEX missed_by_time ON missed (max(due, lease_until), due);
+CREATE TRIGGER recovery_removed AFTER UPDATE OF recovery ON subscriptions
+WHEN NEW.recovery IS NULL BEGIN
+    DELETE FROM missed WHERE subscription_id = NEW.id;
+END;
+
+-- name: match
+-- One statement is one snapshot: the glob version is that of the moment of the exact rows. It
+-- stands in every row, and there is at least one.
+SELECT meta.value, s.id, s.url, s.recovery
+FROM meta LEFT JOIN subscriptions AS s ON s.kind = 0 AND s.pattern = ?1
+WHERE meta.key = 'glob_version';
+
+-- name: glob_version
+SELECT version.value, history.value FROM meta AS version, meta AS history
+WHERE version.key = 'glob_version' AND history.key = 'glob_history';
+
+-- name: all_globs
+SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1;
+
+-- name: changed_globs
+SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1 AND version > ?1;
+
+-- name: dropped_globs
+-- no pattern: the row is gone
+SELECT subscription_id, NULL, NULL, NULL FROM dropped_globs WHERE version > ?1;
+
+-- name: subscribe
+INSERT INTO subscriptions (kind, pattern, url, recovery) VALUES (?1, ?2, ?3, ?4)
+ON CONFLICT DO NOTHING;
+
+-- name: unsubscribe
+DELETE FROM subscriptions WHERE kind = ?1 AND pattern = ?2 AND url = ?3;
+
+-- name: subscriptions
+SELECT id, kind, pattern, url, recovery FROM subscriptions WHERE url = ?1 ORDER BY kind, pattern;
+
+-- name: change_recovery
+UPDATE subscriptions SET recovery = ?2 WHERE id = ?1;
+
+-- name: drop
+DELETE FROM subscriptions WHERE id = ?1;
+
+-- name: record_missed
+INSERT INTO missed (subscription_id, topic, due)
+SELECT id, ?2, ?3 FROM subscriptions WHERE id = ?1 AND recovery IS NOT NULL
+ON CONFLICT (subscription_id, topic)
+DO UPDATE SET generation = generation + 1, due = min(due, excluded.due);
+
+-- name: clear_missed
+DELETE FROM missed WHERE subscription_id = ?1 AND topic = ?2
+AND generation = 1 AND attempts = 0 AND lease_until = 0;
+
+-- name: claim_missed
+UPDATE missed SET lease_until = ?1 + ?3 WHERE id IN (
+    SELECT id FROM missed WHERE max(due, lease_until) <= ?1
+    ORDER BY max(due, lease_until), due LIMIT ?2
+) RETURNING due, id, generation, subscription_id,
+    (SELECT recovery FROM subscriptions WHERE subscriptions.id = subscription_id), topic, attempts;
+
+-- name: finish_missed
+DELETE FROM missed WHERE id = ?1 AND generation = ?2;
+
+-- name: renew_missed
+UPDATE missed SET attempts = 0, due = ?2, lease_until = 0 WHERE id = ?1;
+
+-- name: retry_missed
+UPDATE missed SET attempts = CASE generation WHEN ?2 THEN attempts + 1 ELSE 0 END,
+    due = ?3, lease_until = 0
+WHERE id = ?1;
+
+-- name: next_due
+SELECT max(due, lease_until) FROM missed ORDER BY max(due, lease_until) LIMIT 1;
+
+-- name: counts
+SELECT (SELECT count(*) FROM subscriptions WHERE kind = 0),
+    (SELECT count(*) FROM subscriptions WHERE kind = 1), (SELECT count(*) FROM missed);

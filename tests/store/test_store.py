@@ -1,0 +1,754 @@
+"""What every store must do. A new store joins by adding its factory to FACTORIES."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from lonelypsp.globs import glob_matches
+from lonelypss.store import Kind, MissedNotice, Store, Subscription
+from lonelypss.store.sqlite import SqliteStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Factory:
+    """How to make a store.
+
+    Attributes:
+        make: called with a directory of its own; twice with one directory means one database.
+        shared: whether what is in the database outlives a store, and others see it.
+    """
+
+    name: str
+    make: Callable[[Path], Store]
+    shared: bool = True
+
+
+FACTORIES = [
+    Factory("sqlite-file", lambda directory: SqliteStore(str(directory / "store.db"))),
+    Factory("sqlite-memory", lambda _: SqliteStore(None), shared=False),
+]
+
+
+@pytest.fixture(params=FACTORIES, ids=lambda f: f.name)
+def factory(request: pytest.FixtureRequest) -> Factory:
+    return request.param
+
+
+@pytest.fixture
+async def store(factory: Factory, tmp_path: Path) -> AsyncIterator[Store]:
+    store = factory.make(tmp_path)
+    await store.open()
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def other(factory: Factory, store: Store, tmp_path: Path) -> AsyncIterator[Store]:
+    """A second store on the same database."""
+    if not factory.shared:
+        pytest.skip("nobody else can see it")
+    other = factory.make(tmp_path)
+    await other.open()
+    yield other
+    await other.close()
+
+
+A, B = "http://a/receive", "http://b/receive"
+RECOVERY = "http://a/recover"
+
+ODD_TOPICS = [
+    b"",
+    b"\0",
+    b"foo\0x",
+    b"\xff\xfe",
+    b"'; DROP TABLE subscriptions;--",
+    b"%_*?[",
+    "ünï/\u20ac".encode(),
+    b"x" * 65_535,
+    bytes(range(256)),
+]
+
+
+def urls(found: list[Subscription]) -> list[str]:
+    return sorted(s.url for s in found)
+
+
+async def subscribed(
+    store: Store, pattern: bytes = b"t", kind: Kind = Kind.EXACT, recovery: str | None = RECOVERY
+) -> Subscription:
+    assert await store.subscribe(kind, pattern, A, recovery)
+    return next(s for s in await store.subscriptions(A) if (s.kind, s.pattern) == (kind, pattern))
+
+
+# Subscriptions
+
+
+@pytest.mark.parametrize("topic", ODD_TOPICS, ids=lambda t: repr(t[:12]))
+async def test_exact_subscriptions_match_their_topic_only(store: Store, topic: bytes) -> None:
+    assert await store.match(topic) == []
+    assert await store.subscribe(Kind.EXACT, topic, A, RECOVERY)
+    (found,) = await store.match(topic)
+    assert found == Subscription(found.id, Kind.EXACT, topic, A, RECOVERY)
+    assert await store.match(topic + b"\0") == []
+    assert await store.match(topic[:-1] + b"?") == []
+    assert await store.unsubscribe(Kind.EXACT, topic, A)
+    assert await store.match(topic) == []
+
+
+@pytest.mark.parametrize(
+    ("glob", "hits", "misses"),
+    [
+        ("foo/*", [b"foo/bar"], [b"foo", b"foo/bar/baz", b"foo/\xff"]),
+        ("foo/**", [b"foo/bar/baz"], [b"foo", b"bar"]),
+        ("foo", [b"foo"], [b"foo\0", b"foo\0x", b"fo"]),
+        ("f\0*", [b"f\0oo"], [b"f", b"foo"]),
+        ("ü?", ["üx".encode(), "üü".encode()], [b"ux"]),
+        ("**/*.json", [b"a/b/c.json", b"c.json"], [b"c.jsonx"]),
+        ("'%_", [b"'%_"], [b"'ab"]),
+        ("a" * 65_534 + "*", [b"a" * 65_535], [b"a"]),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+async def test_globs_match(store: Store, glob: str, hits: list[bytes], misses: list[bytes]) -> None:
+    subscription = await subscribed(store, glob.encode(), Kind.GLOB)
+    for topic in hits:
+        assert await store.match(topic) == [subscription]
+    for topic in misses:
+        assert await store.match(topic) == []
+    assert await store.unsubscribe(Kind.GLOB, glob.encode(), A)
+    for topic in hits:
+        assert await store.match(topic) == []
+
+
+async def test_a_glob_must_be_utf8(store: Store) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        await store.subscribe(Kind.GLOB, b"\xff", A, None)
+    assert (await store.counts())["glob"] == 0
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_subscribing_twice_changes_nothing(store: Store, kind: Kind) -> None:
+    before = await subscribed(store, b"t", kind)
+    assert not await store.subscribe(kind, b"t", A, "http://other/recover")
+    assert await store.match(b"t") == [before]
+
+
+async def test_unsubscribing_what_is_not_there(store: Store) -> None:
+    before = await subscribed(store, b"t")
+    assert not await store.unsubscribe(Kind.EXACT, b"u", A)
+    assert not await store.unsubscribe(Kind.EXACT, b"t", B)
+    assert not await store.unsubscribe(Kind.GLOB, b"t", A)
+    assert await store.match(b"t") == [before]
+
+
+async def test_all_who_match_are_found_once_per_subscription(store: Store) -> None:
+    for kind, pattern, url in [
+        (Kind.EXACT, b"a/b", A),
+        (Kind.GLOB, b"a/*", A),
+        (Kind.GLOB, b"**", A),
+        (Kind.EXACT, b"a/b", B),
+        (Kind.EXACT, b"a/*", B),
+        (Kind.GLOB, b"b/*", B),
+    ]:
+        await store.subscribe(kind, pattern, url, None)
+    assert urls(await store.match(b"a/b")) == [A, A, A, B]
+    assert urls(await store.match(b"a/*")) == [A, A, B]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h/a b?x=1&y='\"", "http://ü/\u20ac", "a\0b", "", "http://h/" + "x" * 65_526]
+)
+async def test_urls_survive(store: Store, url: str) -> None:
+    await store.subscribe(Kind.EXACT, b"t", url, url)
+    await store.subscribe(Kind.EXACT, b"t", url + "\0", None)
+    assert sorted((s.url, s.recovery or "") for s in await store.match(b"t")) == [
+        (url, url),
+        (url + "\0", ""),
+    ]
+    assert len(await store.subscriptions(url)) == 1
+    assert await store.unsubscribe(Kind.EXACT, b"t", url)
+    assert urls(await store.match(b"t")) == [url + "\0"]
+
+
+async def test_subscriptions_are_sorted_by_kind_and_bytes(store: Store) -> None:
+    # UTF-16 would order the last two the other way round
+    patterns = [b"", b"\0", b"B", b"a", b"a\0", b"ab", "\uff5e".encode(), "\U00010000".encode()]
+    for pattern in random.Random(1).sample(patterns, len(patterns)):
+        for kind in Kind:
+            await store.subscribe(kind, pattern, A, None)
+    await store.subscribe(Kind.EXACT, b"not mine", B, None)
+    found = [(s.kind, s.pattern) for s in await store.subscriptions(A)]
+    assert found == [(kind, pattern) for kind in Kind for pattern in patterns]
+    assert await store.subscriptions("http://nobody/") == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 20, 40, 1200])
+async def test_setting_the_same_again_keeps_every_id(store: Store, count: int) -> None:
+    exact = [(b"t/%d" % n, RECOVERY if n % 3 else None) for n in range(count)]
+    globs = [(f"g/{n}/*", RECOVERY if n % 3 else None) for n in range(count)]
+    await store.set_subscriptions(A, exact, globs)
+    before = await store.subscriptions(A)
+    assert len(before) == 2 * count
+    await store.set_subscriptions(A, iter(reversed(exact)), iter(reversed(globs)))
+    assert await store.subscriptions(A) == before
+    for n in range(0, count, 100):
+        assert len(await store.match(b"t/%d" % n)) == 1
+        assert len(await store.match(b"g/%d/x" % n)) == 1
+
+
+async def test_set_inserts_deletes_and_updates(store: Store) -> None:
+    await store.subscribe(Kind.EXACT, b"keep", B, None)
+    await store.set_subscriptions(
+        A, [(b"keep", None), (b"change", None), (b"go", None)], [("k/*", None), ("g/*", None)]
+    )
+    ids = {(s.kind, s.pattern): s.id for s in await store.subscriptions(A)}
+    await store.set_subscriptions(
+        A,
+        [(b"keep", None), (b"change", RECOVERY), (b"new", None)],
+        [("k/*", RECOVERY), ("n", None)],
+    )
+    after = await store.subscriptions(A)
+    assert [(s.kind, s.pattern, s.recovery) for s in after] == [
+        (Kind.EXACT, b"change", RECOVERY),
+        (Kind.EXACT, b"keep", None),
+        (Kind.EXACT, b"new", None),
+        (Kind.GLOB, b"k/*", RECOVERY),
+        (Kind.GLOB, b"n", None),
+    ]
+    for s in after:
+        assert ids.get((s.kind, s.pattern), s.id) == s.id
+    assert urls(await store.match(b"keep")) == [A, B]
+    assert await store.match(b"g/x") == []
+    assert [s.recovery for s in await store.match(b"k/x")] == [RECOVERY]
+    await store.set_subscriptions(A, [], [])
+    assert await store.subscriptions(A) == []
+    assert await store.counts() == {"exact": 1, "glob": 0, "missed": 0}
+
+
+async def test_concurrent_sets_end_as_one_of_them(store: Store) -> None:
+    lists = [[(b"%d/%d" % (n, m), None) for m in range(50)] for n in range(8)]
+    await asyncio.gather(*(store.set_subscriptions(A, exact, []) for exact in lists))
+    assert [(s.pattern, None) for s in await store.subscriptions(A)] in [sorted(x) for x in lists]
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_drop_removes_exactly_the_row(store: Store, kind: Kind) -> None:
+    old = await subscribed(store, b"t", kind)
+    await store.unsubscribe(kind, b"t", A)
+    new = await subscribed(store, b"t", kind)
+    assert new.id != old.id
+    await store.drop([old])
+    assert await store.match(b"t") == [new]
+    await store.drop([new, new])
+    assert await store.match(b"t") == []
+    await store.drop([])
+
+
+async def test_concurrent_calls_all_get_their_own_answer(store: Store) -> None:
+    answers = await asyncio.gather(
+        *(store.subscribe(Kind(n % 2), b"%d" % (n % 50), A, None) for n in range(200))
+    )
+    assert sum(answers) == 50
+    assert await store.counts() == {"exact": 25, "glob": 25, "missed": 0}
+    matches = await asyncio.gather(*(store.match(b"%d" % n) for n in range(60)))
+    assert [len(m) for m in matches] == [1] * 50 + [0] * 10
+
+
+async def test_a_cancelled_call_hurts_nobody(store: Store) -> None:
+    tasks = [asyncio.create_task(store.subscribe(Kind.GLOB, b"%d" % n, A, None)) for n in range(30)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert await store.subscribe(Kind.EXACT, b"after", A, None)
+    for n in range(1, 30, 2):
+        assert len(await store.match(b"%d" % n)) == 1
+
+
+async def test_closing_twice(store: Store) -> None:
+    await store.close()
+    await store.close()
+
+
+# What other processes see
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_others_see_each_change_at_once(store: Store, other: Store, kind: Kind) -> None:
+    for n in range(20):
+        one, two = (store, other) if n % 2 else (other, store)
+        assert await one.subscribe(kind, b"t", A, RECOVERY)
+        (seen,) = await two.match(b"t")
+        assert [seen] == await one.match(b"t")
+        await two.set_subscriptions(
+            A, [(b"t", None)] if kind == Kind.EXACT else [], [("t", None)] if kind else []
+        )
+        (changed,) = await one.match(b"t")
+        assert (changed.id, changed.recovery) == (seen.id, None)
+        if n % 3:
+            assert await two.unsubscribe(kind, b"t", A)
+        else:
+            await two.drop([changed])
+        assert await one.match(b"t") == []
+
+
+async def test_many_globs_from_elsewhere(store: Store, other: Store) -> None:
+    for count in (3, 700, 2_000, 1_400, 0):
+        await other.set_subscriptions(A, [], [(f"{n}/*", None) for n in range(count)])
+        topics = [b"%d/x" % n for n in range(0, 2_000, 50)]
+        found = await asyncio.gather(*(store.match(topic) for topic in topics))
+        assert [bool(f) for f in found] == [n < count for n in range(0, 2_000, 50)]
+
+
+async def test_matching_while_globs_change(store: Store, other: Store) -> None:
+    """What was there before a match and is there after it must be found by it."""
+    await store.subscribe(Kind.GLOB, b"s/*", A, None)
+    done = asyncio.Event()
+
+    async def change() -> None:
+        for n in range(6):
+            await other.set_subscriptions(B, [], [(f"{n}/{m}/*", None) for m in range(800)])
+            assert len(await other.match(b"%d/7/x" % n)) == 1
+            assert len(await store.match(b"%d/799/x" % n)) == 1
+        done.set()
+
+    async def match() -> None:
+        while not done.is_set():
+            assert len(await store.match(b"s/x")) == 1
+            await asyncio.sleep(0)
+
+    await asyncio.gather(change(), match(), match())
+
+
+async def test_two_sweepers_never_share_a_notice(store: Store, other: Store) -> None:
+    subscription = await subscribed(store)
+    topics = [b"%d" % n for n in range(100)]
+    await store.record_missed([(subscription, t) for t in topics], due=1.0)
+    claims = await asyncio.gather(
+        *(s.claim_missed(2.0, 7, 60.0) for s in (store, other) for _ in range(10))
+    )
+    assert sorted(n.topic for claim in claims for n in claim) == sorted(topics)
+
+
+async def test_everything_is_there_after_reopening(
+    factory: Factory, store: Store, tmp_path: Path
+) -> None:
+    if not factory.shared:
+        pytest.skip("nothing outlives it")
+    subscription = await subscribed(store, b"*", Kind.GLOB)
+    await store.record_missed([(subscription, b"x")], due=5.0)
+    await store.close()
+    again = factory.make(tmp_path)
+    await again.open()
+    try:
+        assert await again.match(b"x") == [subscription]
+        assert [n.topic for n in await again.claim_missed(5.0, 9, 60.0)] == [b"x"]
+    finally:
+        await again.close()
+
+
+# Missed notices
+
+
+@pytest.mark.parametrize("topic", ODD_TOPICS, ids=lambda t: repr(t[:12]))
+async def test_a_notice_from_failure_to_confirmation(store: Store, topic: bytes) -> None:
+    subscription = await subscribed(store)
+    assert await store.next_due() is None
+    await store.record_missed([(subscription, topic)], due=100.0)
+    assert await store.next_due() == 100.0
+    assert await store.claim_missed(99.0, 10, 60.0) == []
+    (notice,) = await store.claim_missed(100.0, 10, 60.0)
+    assert notice == MissedNotice(notice.id, 1, subscription.id, RECOVERY, topic, 0)
+    assert await store.next_due() == 160.0
+    assert await store.claim_missed(159.0, 10, 60.0) == []
+    await store.finish_missed(notice, 101.0)
+    assert await store.next_due() is None
+    assert await store.match(b"t") == [subscription]
+
+
+async def test_several_topics_of_one_subscription(store: Store) -> None:
+    subscription = await subscribed(store, b"**", Kind.GLOB)
+    await store.record_missed([(subscription, t) for t in (b"a", b"b", b"c")], due=1.0)
+    assert {n.topic for n in await store.claim_missed(1.0, 10, 60.0)} == {b"a", b"b", b"c"}
+    assert (await store.counts())["missed"] == 3
+
+
+async def test_nothing_is_recorded_without_a_recovery_url_or_a_row(store: Store) -> None:
+    silent = await subscribed(store, b"silent", recovery=None)
+    gone = await subscribed(store, b"gone")
+    await store.unsubscribe(Kind.EXACT, b"gone", A)
+    await store.record_missed([(silent, b"t"), (gone, b"t")], due=1.0)
+    await store.record_missed([], due=1.0)
+    assert (await store.counts())["missed"] == 0
+
+
+@pytest.mark.parametrize("how", ["unsubscribe", "drop", "set", "no recovery"])
+async def test_notices_go_with_their_subscription(store: Store, how: str) -> None:
+    stays = await subscribed(store, b"stays")
+    goes = await subscribed(store, b"goes")
+    await store.record_missed([(stays, b"t"), (goes, b"t"), (goes, b"u")], due=1.0)
+    match how:
+        case "unsubscribe":
+            await store.unsubscribe(Kind.EXACT, b"goes", A)
+        case "drop":
+            await store.drop([goes])
+        case "set":
+            await store.set_subscriptions(A, [(b"stays", RECOVERY)], [])
+        case _:
+            await store.set_subscriptions(A, [(b"stays", RECOVERY), (b"goes", None)], [])
+    assert [n.subscription_id for n in await store.claim_missed(1.0, 9, 1.0)] == [stays.id]
+
+
+async def test_a_notice_goes_to_the_present_recovery_url(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    await store.set_subscriptions(A, [(b"t", "http://new/recover")], [])
+    (notice,) = await store.claim_missed(1.0, 9, 1.0)
+    assert notice.recovery == "http://new/recover"
+
+
+async def test_the_longest_due_come_first_and_no_more_than_asked(store: Store) -> None:
+    subscription = await subscribed(store)
+    for due in (5.0, 3.0, 9.0, 1.0, 7.0):
+        await store.record_missed([(subscription, b"%d" % due)], due=due)
+    assert [n.topic for n in await store.claim_missed(8.0, 3, 60.0)] == [b"1", b"3", b"5"]
+    assert [n.topic for n in await store.claim_missed(8.0, 3, 60.0)] == [b"7"]
+    assert await store.claim_missed(8.0, 3, 60.0) == []
+    assert await store.next_due() == 9.0
+
+
+async def test_a_retry_waits_and_counts(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    for attempts in range(4):
+        (notice,) = await store.claim_missed(attempts * 10 + 1.0, 9, 60.0)
+        assert notice.attempts == attempts
+        await store.retry_missed(notice, due=attempts * 10 + 11.0)
+        assert await store.next_due() == attempts * 10 + 11.0
+
+
+async def test_a_lost_lease_ends(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    (lost,) = await store.claim_missed(1.0, 9, 60.0)
+    (again,) = await store.claim_missed(61.0, 9, 60.0)
+    assert again == lost
+
+
+async def test_the_earlier_time_counts(store: Store) -> None:
+    subscription = await subscribed(store)
+    for due, expected in [(50.0, 50.0), (70.0, 50.0), (30.0, 30.0)]:
+        await store.record_missed([(subscription, b"t")], due=due)
+        assert await store.next_due() == expected
+    assert (await store.counts())["missed"] == 1
+
+
+async def test_a_failure_during_the_notice_is_announced_again(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    (notice,) = await store.claim_missed(1.0, 9, 60.0)
+    await store.retry_missed(notice, due=2.0)
+    (notice,) = await store.claim_missed(2.0, 9, 60.0)
+    await store.record_missed([(subscription, b"t")], due=90.0)
+    await store.finish_missed(notice, now=3.0)
+    assert await store.next_due() == 3.0
+    (notice,) = await store.claim_missed(3.0, 9, 60.0)
+    assert notice.attempts == 0
+    await store.finish_missed(notice, now=4.0)
+    assert await store.next_due() is None
+
+
+async def test_a_failure_during_a_failed_notice_starts_the_count_again(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    (notice,) = await store.claim_missed(1.0, 9, 60.0)
+    await store.record_missed([(subscription, b"t")], due=2.0)
+    await store.retry_missed(notice, due=20.0)
+    (notice,) = await store.claim_missed(20.0, 9, 60.0)
+    assert notice.attempts == 0
+
+
+async def test_late_answers_about_a_notice_that_is_gone(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    (old,) = await store.claim_missed(1.0, 9, 60.0)
+    await store.finish_missed(old, now=2.0)
+    await store.record_missed([(subscription, b"t")], due=5.0)
+    await store.finish_missed(old, now=3.0)
+    await store.retry_missed(old, due=4.0)
+    assert await store.next_due() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "left"),
+    [("nothing", 0), ("another failure", 1), ("claimed", 1), ("retried", 1)],
+)
+async def test_a_precaution_is_taken_back_unless_something_happened(
+    store: Store, meanwhile: str, left: int
+) -> None:
+    subscription = await subscribed(store)
+    items = [(subscription, b"t")]
+    await store.record_missed(items, due=1.0)
+    if meanwhile == "another failure":
+        await store.record_missed(items, due=2.0)
+    elif meanwhile != "nothing":
+        (notice,) = await store.claim_missed(1.0, 9, 60.0)
+        if meanwhile == "retried":
+            await store.retry_missed(notice, due=9.0)
+    await store.clear_missed([*items, (subscription, b"never recorded")])
+    assert (await store.counts())["missed"] == left
+
+
+# All of it at random, against a dict
+
+
+@dataclass
+class Row:
+    id: int
+    recovery: str | None
+
+
+@dataclass
+class Missed:
+    due: float
+    id: int = 0  # unknown before it is claimed
+    lease: float = 0.0
+    attempts: int = 0
+    generation: int = 1
+
+
+PATTERNS = st.sampled_from([b"a", b"a/b", b"a/*", b"**", b"*", b"", b"\0", "ü".encode()])
+TOPICS = st.sampled_from([b"a", b"a/b", b"a/\xff", b"\xff", b"", b"\0", "ü".encode(), b"a/*"])
+URLS = st.sampled_from([A, B])
+RECOVERIES = st.sampled_from([None, RECOVERY, "http://b/recover"])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    factory: Factory
+    notices: Bundle[MissedNotice] = Bundle("notices")
+
+    @initialize()
+    def start(self) -> None:
+        self.directory = TemporaryDirectory()
+        self.runner = asyncio.Runner()
+        self.rows: dict[tuple[Kind, bytes, str], Row] = {}
+        self.missed: dict[tuple[int, bytes], Missed] = {}
+        self.ids_seen: set[int] = set()
+        self.notice_ids_seen: set[int] = set()
+        self.now = 1000.0
+        self.store = self.factory.make(Path(self.directory.name))
+        self.run(self.store.open())
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(asyncio.wait_for(call, 10))
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.run(self.store.close())
+            self.runner.close()
+            self.directory.cleanup()
+
+    def learn_ids(self) -> None:
+        """Take over the ids of new rows; everything else must be as the model says."""
+        for url in (A, B):
+            found = self.run(self.store.subscriptions(url))
+            assert [(s.kind, s.pattern) for s in found] == sorted(
+                key[:2] for key in self.rows if key[2] == url
+            )
+            for s in found:
+                row = self.rows[s.kind, s.pattern, url]
+                if row.id == 0:
+                    assert s.id not in self.ids_seen, "an id was used again"
+                    self.ids_seen.add(s.id)
+                    row.id = s.id
+                assert (row.id, row.recovery) == (s.id, s.recovery)
+
+    def remove(self, key: tuple[Kind, bytes, str]) -> None:
+        self.forget_missed(self.rows.pop(key).id)
+
+    def forget_missed(self, id: int) -> None:
+        self.missed = {key: m for key, m in self.missed.items() if key[0] != id}
+
+    @rule(kind=st.sampled_from(Kind), pattern=PATTERNS, url=URLS, recovery=RECOVERIES)
+    def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> None:
+        is_new = (kind, pattern, url) not in self.rows
+        assert self.run(self.store.subscribe(kind, pattern, url, recovery)) == is_new
+        if is_new:
+            self.rows[kind, pattern, url] = Row(0, recovery)
+        self.learn_ids()
+
+    @rule(kind=st.sampled_from(Kind), pattern=PATTERNS, url=URLS)
+    def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> None:
+        exists = (kind, pattern, url) in self.rows
+        assert self.run(self.store.unsubscribe(kind, pattern, url)) == exists
+        if exists:
+            self.remove((kind, pattern, url))
+        self.learn_ids()
+
+    @rule(
+        url=URLS,
+        exact=st.dictionaries(PATTERNS, RECOVERIES),
+        globs=st.dictionaries(PATTERNS.map(bytes.decode), RECOVERIES),
+    )
+    def set(self, url: str, exact: dict[bytes, str | None], globs: dict[str, str | None]) -> None:
+        self.run(self.store.set_subscriptions(url, exact.items(), globs.items()))
+        wanted = {(Kind.EXACT, topic, url): r for topic, r in exact.items()}
+        wanted |= {(Kind.GLOB, glob.encode(), url): r for glob, r in globs.items()}
+        for key in [key for key in self.rows if key[2] == url and key not in wanted]:
+            self.remove(key)
+        for key, recovery in wanted.items():
+            row = self.rows.setdefault(key, Row(0, recovery))
+            row.recovery = recovery
+            if recovery is None:
+                self.forget_missed(row.id)
+        self.learn_ids()
+
+    def model_match(self, topic: bytes) -> list[Subscription]:
+        return sorted(
+            (
+                Subscription(row.id, kind, pattern, url, row.recovery)
+                for (kind, pattern, url), row in self.rows.items()
+                if (
+                    pattern == topic
+                    if kind == Kind.EXACT
+                    else glob_matches(pattern.decode(), topic)
+                )
+            ),
+            key=lambda s: s.id,
+        )
+
+    @rule(topic=TOPICS)
+    def match(self, topic: bytes) -> None:
+        found = self.run(self.store.match(topic))
+        assert sorted(found, key=lambda s: s.id) == self.model_match(topic)
+
+    @rule(topic=TOPICS, data=st.data())
+    def drop(self, topic: bytes, data: st.DataObject) -> None:
+        if matching := self.model_match(topic):
+            subscription = data.draw(st.sampled_from(matching))
+            self.run(self.store.drop([subscription]))
+            self.remove((subscription.kind, subscription.pattern, subscription.url))
+        self.learn_ids()
+
+    @rule(topic=TOPICS, delay=st.integers(-5, 30))
+    def record(self, topic: bytes, delay: int) -> None:
+        due = self.now + delay
+        matching = self.model_match(topic)
+        self.run(self.store.record_missed([(s, topic) for s in matching], due))
+        for s in matching:
+            if s.recovery is None:
+                continue
+            if known := self.missed.get((s.id, topic)):
+                known.generation += 1
+                known.due = min(known.due, due)
+            else:
+                self.missed[s.id, topic] = Missed(due)
+
+    @rule(topic=TOPICS)
+    def clear(self, topic: bytes) -> None:
+        matching = self.model_match(topic)
+        self.run(self.store.clear_missed([(s, topic) for s in matching]))
+        for s in matching:
+            m = self.missed.get((s.id, topic))
+            if m and (m.generation, m.attempts, m.lease) == (1, 0, 0.0):
+                del self.missed[s.id, topic]
+
+    @rule(seconds=st.integers(0, 40))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule(target=notices, limit=st.integers(1, 3))
+    def claim(self, limit: int) -> Any:
+        claimable = [m for m in self.missed.values() if max(m.due, m.lease) <= self.now]
+        claimed = self.run(self.store.claim_missed(self.now, limit, 20.0))
+        assert len(claimed) == min(limit, len(claimable))
+        recoveries = {row.id: row.recovery for row in self.rows.values()}
+        for n in claimed:
+            m = self.missed[n.subscription_id, n.topic]
+            assert max(m.due, m.lease) <= self.now
+            assert (n.generation, n.attempts) == (m.generation, m.attempts)
+            assert n.recovery == recoveries[n.subscription_id]
+        for n in claimed:
+            m = self.missed[n.subscription_id, n.topic]
+            assert m.id == n.id or (m.id == 0 and n.id not in self.notice_ids_seen)
+            m.id = n.id
+            m.lease = self.now + 20.0
+            self.notice_ids_seen.add(n.id)
+        return multiple(*claimed)
+
+    def row_of(self, notice: MissedNotice) -> Missed | None:
+        """The row may be gone, and another in its place."""
+        m = self.missed.get((notice.subscription_id, notice.topic))
+        return m if m and m.id == notice.id else None
+
+    @rule(notice=notices)
+    def finish(self, notice: MissedNotice) -> None:
+        self.run(self.store.finish_missed(notice, self.now))
+        if m := self.row_of(notice):
+            if m.generation == notice.generation:
+                del self.missed[notice.subscription_id, notice.topic]
+            else:
+                m.due, m.lease, m.attempts = self.now, 0.0, 0
+
+    @rule(notice=notices, delay=st.integers(1, 30))
+    def retry(self, notice: MissedNotice, delay: int) -> None:
+        self.run(self.store.retry_missed(notice, self.now + delay))
+        if m := self.row_of(notice):
+            m.attempts = m.attempts + 1 if m.generation == notice.generation else 0
+            m.due, m.lease = self.now + delay, 0.0
+
+    @precondition(lambda self: self.factory.shared)
+    @rule()
+    def reopen(self) -> None:
+        self.run(self.store.close())
+        self.store = self.factory.make(Path(self.directory.name))
+        self.run(self.store.open())
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        exact = sum(kind == Kind.EXACT for kind, _, _ in self.rows)
+        assert self.run(self.store.counts()) == {
+            "exact": exact,
+            "glob": len(self.rows) - exact,
+            "missed": len(self.missed),
+        }
+        due = min((max(m.due, m.lease) for m in self.missed.values()), default=None)
+        assert self.run(self.store.next_due()) == due
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.name)
+def test_any_history_agrees_with_a_dict(factory: Factory) -> None:
+    machine = type("Machine", (StoreMachine,), {"factory": factory})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
