@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from lonelypss.config import BroadcasterConfig
 
-from tests.servers import our_broadcaster
+from lonelypss.config import BroadcasterConfig
+from servers import our_broadcaster
 
 from .peers import Scheme, make_payload, reference_client, write_secrets
 
