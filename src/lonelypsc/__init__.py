@@ -1,0 +1,1 @@
+"""The client: subscribe, receive and notify without keeping a connection open."""

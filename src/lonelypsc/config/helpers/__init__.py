@@ -1,0 +1,1 @@
+"""Ways to serve the receiving endpoints."""

@@ -1,0 +1,133 @@
+"""What `notify` sends: bytes or a part of a file, hashed and read in pieces, also repeatedly."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+from collections.abc import AsyncIterator, Callable
+from typing import BinaryIO
+
+from lonelypsp.wire import SHA512_LENGTH
+
+BytesLike = bytes | bytearray | memoryview
+Progress = Callable[[int, int], None]
+
+SMALL = 64 * 1024
+"""Bytes up to which a message is sent in one piece with its head."""
+_PIECE = 1024 * 1024
+
+
+class Content:
+    """A message on its way out.
+
+    Attributes:
+        length: bytes.
+        sha512: 64 bytes; known after `prepare`.
+        failure: what reading the file ended with, if it did.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: BytesLike | None,
+        sync_file: BinaryIO | None,
+        length: int | None,
+        sha512: bytes | None,
+        progress: Progress | None,
+    ) -> None:
+        if (data is None) == (sync_file is None):
+            raise ValueError("notify: give exactly one of data and sync_file")
+        if sha512 is not None and len(sha512) != SHA512_LENGTH:
+            raise ValueError(f"notify: sha512 must be {SHA512_LENGTH} bytes, not {len(sha512)}")
+        if length is not None and length < 0:
+            raise ValueError("notify: length must not be negative")
+        self._view = None if data is None else memoryview(data).cast("B")
+        self._file = sync_file
+        self._length = length
+        self._offset = 0
+        self._progress = progress
+        self.sha512 = sha512 or b""
+        self.length = 0
+        self.failure: Exception | None = None
+
+    async def prepare(self) -> None:
+        """Finds out length and hash.
+
+        Raises:
+            ValueError: the length is not that of the data, or the file cannot be rewound.
+            OSError: the file cannot be read.
+        """
+        available = await self._measure()
+        if self._length is not None and self._length > available:
+            raise ValueError(f"notify: length is {self._length:,}, there are {available:,} bytes")
+        if self._view is not None and self._length not in (None, available):
+            raise ValueError(f"notify: length is {self._length:,}, data has {available:,} bytes")
+        self.length = available if self._length is None else self._length
+        if not self.sha512:
+            hasher = hashlib.sha512()
+            if self.length <= SMALL and self._view is not None:
+                hasher.update(self._view)
+            else:
+                async for piece in self._pieces():
+                    await asyncio.to_thread(hasher.update, piece)
+            self.sha512 = hasher.digest()
+
+    async def _measure(self) -> int:
+        if self._view is not None:
+            return len(self._view)
+        file = self._file
+        assert file is not None
+
+        def ends() -> tuple[int, int]:
+            offset = file.tell()
+            return offset, file.seek(0, io.SEEK_END)
+
+        try:
+            self._offset, end = await asyncio.to_thread(ends)
+        except io.UnsupportedOperation as e:
+            raise ValueError("notify: sync_file must be seekable: retries read it again") from e
+        return max(0, end - self._offset)
+
+    def whole(self) -> bytes | None:
+        """The message itself when it is small and in memory."""
+        if self._view is None or self.length > SMALL:
+            return None
+        return self._view.tobytes()
+
+    async def stream(self, head: bytes) -> AsyncIterator[bytes | memoryview]:
+        """`head` and the message, from its beginning."""
+        yield head
+        sent = 0
+        try:
+            async for piece in self._pieces():
+                yield piece
+                sent += len(piece)
+                self.report(sent)
+        except (OSError, ValueError) as e:
+            self.failure = e
+            raise
+
+    def report(self, sent: int) -> None:
+        """Tells the program how much of this try was handed to the network."""
+        if self._progress is not None:
+            self._progress(sent, self.length)
+
+    async def _pieces(self) -> AsyncIterator[bytes | memoryview]:
+        at = 0
+        while at < self.length:
+            size = min(_PIECE, self.length - at)
+            if self._view is not None:
+                yield self._view[at : at + size]
+            else:
+                piece = await asyncio.to_thread(self._read_at, self._offset + at, size)
+                if not piece:
+                    raise ValueError(f"notify: the file ends at {at:,} of {self.length:,} bytes")
+                size = len(piece)
+                yield piece
+            at += size
+
+    def _read_at(self, offset: int, size: int) -> bytes:
+        assert self._file is not None
+        self._file.seek(offset)
+        return self._file.read(size)
