@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Protocol
 
 DEFAULT_MAX_CODES = 1_000_000
+_OPEN_TIMEOUT = 10.0  # seconds: the workers of a machine start, and create the file, all at once
 _KEPT_BYTES = 16  # of the 64: two of 10^6 codes share a prefix with probability 10^-27
 
 
@@ -99,14 +100,18 @@ class SqliteReplayGuard:
         self._swept = -math.inf
         self._count = 0
         self._db = sqlite3.connect(
-            path, timeout=busy_timeout, isolation_level=None, check_same_thread=False
+            path, timeout=_OPEN_TIMEOUT, isolation_level=None, check_same_thread=False
         )
-        self._db.execute("PRAGMA journal_mode=WAL")
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            pass  # another process is switching it right now, for which SQLite does not wait
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS used (code BLOB PRIMARY KEY, expires REAL) WITHOUT ROWID"
         )
         self._db.execute("CREATE INDEX IF NOT EXISTS used_expires ON used (expires)")
+        self._db.execute(f"PRAGMA busy_timeout={int(busy_timeout * 1000)}")
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
         try:

@@ -91,6 +91,8 @@ class _BodyFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._body.length}
+        if whence not in start:
+            raise ValueError(f"whence {whence} is not 0, 1 or 2")
         position = start[whence] + offset
         if position < 0:
             raise ValueError(f"negative seek position {position}")
