@@ -1,0 +1,513 @@
+"""The command line of the broadcaster."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lonelypsp.signing import AuthConfig, Nothing
+from lonelypss import config as configuration
+from lonelypss import setup_files
+from lonelypss.config import ConfigError, Loaded, Option, database_path, options
+from lonelypss.secrets import SECRETS_FILE, load_auth
+from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
+from lonelypss.store.sqlite import SqliteStore
+
+DEFAULT_PORT = 3003
+_KINDS = click.Choice(["hmac", "token", "none"])
+_GROUPS = (
+    ("outgoing_", "Deliveries to subscribers"),
+    ("missed_", "MISSED notices"),
+    ("sweep_", "MISSED notices"),
+    ("journal_", "MISSED notices"),
+    ("unsubscribe_", "Deliveries to subscribers"),
+    ("", "Storage and limits"),
+)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Ends the command with one line on stderr."""
+    click.echo(f"lonelypss: {message}", err=True)
+    sys.exit(status)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the user can mend ends in one line."""
+    try:
+        yield
+    except ConfigError as e:
+        fail(str(e), 2)
+    except StoreUnavailable as e:
+        fail(f"the database is not available: {e}")
+
+
+class _Group(click.Group):
+    """Also takes the older spelling `lonelypss --setup ...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--setup" in args:
+            args = ["setup", *(a for a in args if a != "--setup")]
+        return super().parse_args(ctx, args)
+
+
+class _Grouped(click.Command):
+    """Help in which the options of the table stand in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                group = parameter.group if isinstance(parameter, _TableOption) else "Options"
+                groups.setdefault(group, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class _TableOption(click.Option):
+    """The flag of one row of the options table."""
+
+    def __init__(self, row: Option) -> None:
+        default = "none" if row.default is None else row.default
+        shown = f"[{row.unit}; default: {default}]" if row.unit else f"[default: {default}]"
+        super().__init__([row.flag, row.name], metavar="VALUE", help=f"{row.help}  {shown}")
+        self.group = next(title for prefix, title in _GROUPS if row.name.startswith(prefix))
+
+
+def _secrets_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--secrets",
+        envvar="LONELYPSS_SECRETS",
+        metavar="FILE",
+        help=f"The secrets file that `lonelypss setup` wrote.  [default: {SECRETS_FILE} if it"
+        " exists, else no authorization]",
+    )(command)
+
+
+def _config_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--config",
+        envvar="LONELYPSS_CONFIG",
+        metavar="FILE",
+        help="A TOML file of `option = value` lines.",
+    )(command)
+
+
+def _json_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(command)
+
+
+def _configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --secrets, --config and the options table, and passes on `secrets` and `loaded`."""
+
+    @wraps(command)
+    def run(config: str | None, secrets: str | None, **rest: Any) -> None:
+        names = [row.name for row in options()]
+        flags = {name: rest.pop(name) for name in names}
+        if flags["db"] is not None:
+            flags["db"] = _database_url(flags["db"])
+        with _explained():
+            path = None if config is None else Path(config)
+            nothing = AuthConfig(Nothing(), Nothing())
+            loaded = configuration.load(flags, os.environ, path, nothing)
+            command(loaded=loaded, secrets=_secrets_file(secrets), **rest)
+
+    for row in reversed(options()):
+        parameters = run.__dict__.setdefault("__click_params__", [])
+        parameters.append(_TableOption(row))
+    return _secrets_option(_config_option(run))
+
+
+def _secrets_file(given: str | None) -> str | None:
+    if given is not None:
+        return given
+    return SECRETS_FILE if os.path.exists(SECRETS_FILE) else None
+
+
+def _database_url(text: str) -> str:
+    return "sqlite:///lonelypss.db" if text == "sqlite" else text
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  lonelypss setup                       write secrets and a main.py here
+  lonelypss serve                       run a broadcaster on 127.0.0.1:3003
+  lonelypss check-config                what is in force, and where it comes from
+  lonelypss subs ls --topic orders/42   who would get a message
+""",
+)
+@click.version_option(version("lonelypsc"), "--version", prog_name="lonelypss")
+def main() -> None:
+    """lonelypss: the lonelyps broadcaster.
+
+    Keeps subscriptions in a database and passes each message on to the urls that subscribed.
+    """
+
+
+# setup
+@main.command(
+    epilog="""\b
+Examples:
+  lonelypss setup
+  lonelypss setup --to-subscribers-auth none
+  lonelypss setup --db sqlite:////var/lib/lonelypss/lonelypss.db
+""",
+)
+@click.option("--db", default="sqlite", show_default=True, help="`sqlite`, or a database url.")
+@click.option(
+    "--to-broadcasters-auth", type=_KINDS, default="hmac", show_default=True,
+    help="How subscribers authorize what they send to broadcasters.",
+)  # fmt: skip
+@click.option(
+    "--to-broadcasters-secret", metavar="SECRET",
+    help="Instead of a new one. hmac: URL-safe base64 of 64 bytes; token: any visible ASCII.",
+)  # fmt: skip
+@click.option(
+    "--to-subscribers-auth", type=_KINDS, default="hmac", show_default=True,
+    help="How broadcasters authorize what they send to subscribers.",
+)  # fmt: skip
+@click.option("--to-subscribers-secret", metavar="SECRET", help="Instead of a new one.")
+def setup(
+    db: str,
+    to_broadcasters_auth: str,
+    to_broadcasters_secret: str | None,
+    to_subscribers_auth: str,
+    to_subscribers_secret: str | None,
+) -> None:
+    """Write secrets and a main.py into this directory.
+
+    Also spelled `lonelypss --setup`. Writes broadcaster-secrets.json and subscriber-secrets.json
+    (the same content, readable by you alone) and main.py, which runs under `uvicorn main:app`. If
+    one of them exists, nothing is written.
+    """
+    with _explained():
+        try:
+            written = setup_files.write(
+                Path(),
+                _database_url(db),
+                setup_files.direction(to_broadcasters_auth, to_broadcasters_secret),
+                setup_files.direction(to_subscribers_auth, to_subscribers_secret),
+            )
+        except FileExistsError as e:
+            fail(f"{e}; nothing was written. Move it away or use another directory")
+        except OSError as e:
+            fail(f"cannot write here: {e.strerror}")
+    for path in written:
+        click.echo(f"wrote {path}")
+    click.echo(
+        "\nNext:\n"
+        f"  lonelypss serve                         start a broadcaster on port {DEFAULT_PORT}, or\n"
+        f"  uvicorn main:app --port {DEFAULT_PORT} --no-access-log\n"
+        f"  give each subscriber a copy of {setup_files.SUBSCRIBER_SECRETS_FILE}, safely: whoever\n"
+        "  has it can subscribe and send"
+    )
+
+
+# serve
+@main.command(
+    cls=_Grouped,
+    epilog="""\b
+Every option of the table can also be set in the environment as LONELYPSS_<NAME>, e.g.
+LONELYPSS_DB, or in the --config file. Flags win over the environment, that over the file.
+
+\b
+Examples:
+  lonelypss serve
+  lonelypss serve --host 10.0.0.5 --workers 2 --db sqlite:////var/lib/lonelypss.db
+  LONELYPSS_MISSED_MAX_RETRIES=20 lonelypss serve --secrets broadcaster-secrets.json
+
+\b
+Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port taken.
+""",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, envvar="LONELYPSS_HOST",
+    help="Address to listen on. Bind to an internal one; TLS is the business of a proxy.",
+)  # fmt: skip
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True,
+    envvar="LONELYPSS_PORT", help="0 takes a free one.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True,
+    envvar="LONELYPSS_WORKERS", help="Processes that share the port; limits count per process.",
+)  # fmt: skip
+@click.option(
+    "--grace", type=click.IntRange(0, 3600), default=10, show_default=True,
+    envvar="LONELYPSS_GRACE", help="Seconds that running requests get when it stops.",
+)  # fmt: skip
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
+    show_default=True, envvar="LONELYPSS_LOG_LEVEL", help="Of the log on stderr.",
+)  # fmt: skip
+@_json_option
+@_configured
+def serve(
+    loaded: Loaded,
+    secrets: str | None,
+    host: str,
+    port: int,
+    workers: int,
+    grace: int,
+    log_level: str,
+    as_json: bool,
+) -> None:
+    """Run a broadcaster until SIGINT or SIGTERM.
+
+    Prints one line when it listens; with --json {"event": "listening", "url": ..., "port": ...}.
+    """
+    from lonelypss import server
+
+    settings = server.Settings(loaded.config, secrets, grace, log_level)
+    in_memory = database_path(loaded.config.db) is None
+    if in_memory and workers > 1:
+        raise ConfigError(
+            f"db: {loaded.config.db} is a database inside one process; --workers {workers} needs"
+            " one in a file, e.g. --db sqlite:///lonelypss.db"
+        )
+    if secrets is None:
+        click.echo(
+            "WARNING: no authorization: whoever reaches this port can subscribe and send."
+            " `lonelypss setup` writes secrets, --secrets names them.",
+            err=True,
+        )
+    else:
+        load_auth(secrets)
+    settings.set_up_logging()
+    try:
+        sockets = server.bind(host, port)
+    except OSError as e:
+        fail(_bind_error(host, port, e), 2)
+    if not in_memory:
+        asyncio.run(_check_database(loaded))
+
+    def announce() -> None:
+        _announce(sockets[0], as_json)
+
+    sys.exit(server.serve(settings, sockets, workers, announce))
+
+
+def _bind_error(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use; choose another with --port, or 0 for a free one"
+    return f"cannot listen on {host}, port {port}: {error.strerror}; see --host and --port"
+
+
+async def _check_database(loaded: Loaded) -> None:
+    """One clear error now instead of one from every worker."""
+    store = _store(loaded)
+    try:
+        await store.open()
+    finally:
+        await store.close()
+
+
+def _announce(sock: Any, as_json: bool) -> None:
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if as_json:
+        event = {"event": "listening", "url": url, "host": host, "port": port, "pid": os.getpid()}
+        click.echo(json.dumps(event))
+    else:
+        click.echo(f"lonelypss listens on {url} (Ctrl-C stops it)")
+
+
+# check-config
+@main.command(
+    "check-config",
+    cls=_Grouped,
+    epilog="""\b
+Examples:
+  lonelypss check-config
+  LONELYPSS_JOURNAL_AFTER=0 lonelypss check-config --config lonelypss.toml --json
+""",
+)
+@_json_option
+@_configured
+def check_config(loaded: Loaded, secrets: str | None, as_json: bool) -> None:
+    """Print every option in force, and where it comes from.
+
+    Takes the options of `lonelypss serve`, checks them and the secrets file, starts nothing.
+    """
+    auth = loaded.config.auth if secrets is None else load_auth(secrets)
+    rows = [
+        (row.name, _masked(getattr(loaded.config, row.name)), row.unit, loaded.sources[row.name])
+        for row in options()
+    ]
+    source = secrets or "no secrets file"
+    rows.append(("auth: to-broadcaster", repr(auth.to_broadcaster), "", source))
+    rows.append(("auth: to-subscriber", repr(auth.to_subscriber), "", source))
+    if as_json:
+        keys = ("option", "value", "unit", "source")
+        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        return
+    _print_table(
+        ("option", "value", "unit", "source"),
+        [(name, "none" if value is None else str(value), *rest) for name, value, *rest in rows],
+    )
+
+
+def _masked(value: Any) -> Any:
+    """A url without its password."""
+    return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
+
+
+# subs
+@main.group()
+def subs() -> None:
+    """Look at subscriptions, and remove them."""
+
+
+@subs.command(
+    "ls",
+    epilog="""\b
+Examples:
+  lonelypss subs ls                                         how many there are
+  lonelypss subs ls --topic orders/42                       who gets a message on that topic
+  lonelypss subs ls --url http://10.0.0.7:3002/v1/receive   what that subscriber wants
+""",
+)
+@click.option("--url", help="Only the subscriptions of this url.")
+@click.option("--topic", help="Only those that a message on this topic goes to, globs too.")
+@click.option("--db", metavar="URL", help="As for serve.")
+@_config_option
+@_json_option
+def subs_ls(
+    url: str | None, topic: str | None, db: str | None, config: str | None, as_json: bool
+) -> None:
+    """List subscriptions of a url, or those that match a topic; else count them."""
+
+    async def look(store: Store) -> list[Subscription] | dict[str, int]:
+        if topic is not None:
+            found = await store.match(topic.encode("utf-8", "surrogateescape"))
+            return [s for s in found if url in (None, s.url)]
+        return await store.counts() if url is None else await store.subscriptions(url)
+
+    found = _with_store(db, config, look)
+    if isinstance(found, dict):
+        _print(found, as_json, ("kind", "rows"), list(found.items()))
+        return
+    rows = [_row(s) for s in sorted(found, key=lambda s: (s.url, s.kind, s.pattern))]
+    _print(rows, as_json, ("kind", "pattern", "url", "recovery"), [tuple(r.values()) for r in rows])
+
+
+@subs.command(
+    "rm",
+    epilog="""\b
+Example:
+  lonelypss subs rm http://10.0.0.7:3002/v1/receive --exact orders/42 --glob 'logs/*'
+""",
+)
+@click.argument("url")
+@click.option("--exact", multiple=True, metavar="TOPIC", help="This topic; may be repeated.")
+@click.option("--glob", multiple=True, metavar="GLOB", help="This glob; may be repeated.")
+@click.option("--all", "everything", is_flag=True, help="All subscriptions of the url.")
+@click.option("--db", metavar="URL", help="As for serve.")
+@_config_option
+@_json_option
+def subs_rm(
+    url: str,
+    exact: Sequence[str],
+    glob: Sequence[str],
+    everything: bool,
+    db: str | None,
+    config: str | None,
+    as_json: bool,
+) -> None:
+    """Remove subscriptions of URL. A running subscriber may well subscribe again."""
+    if everything == bool(exact or glob):
+        raise click.UsageError("give --exact and --glob, or --all")
+    wanted = {(Kind.EXACT, t.encode("utf-8", "surrogateescape")) for t in exact}
+    wanted |= {(Kind.GLOB, g.encode("utf-8", "surrogateescape")) for g in glob}
+
+    async def remove(store: Store) -> list[Subscription]:
+        found = await store.subscriptions(url)
+        doomed = [s for s in found if everything or (s.kind, s.pattern) in wanted]
+        await store.drop(doomed)
+        return doomed
+
+    removed = [_row(s) for s in _with_store(db, config, remove)]
+    if as_json:
+        click.echo(json.dumps(removed, indent=2))
+    else:
+        click.echo(f"removed {len(removed)} subscription(s) of {url}")
+    if not removed:
+        sys.exit(1)
+
+
+def _row(subscription: Subscription) -> dict[str, Any]:
+    row = asdict(subscription)
+    return {
+        "kind": subscription.kind.name.lower(),
+        "pattern": subscription.pattern.decode("utf-8", "backslashreplace"),
+        "url": row["url"],
+        "recovery": row["recovery"],
+    }
+
+
+def _store(loaded: Loaded) -> SqliteStore:
+    return SqliteStore(database_path(loaded.config.db))
+
+
+def _with_store(db: str | None, config: str | None, work: Callable[[Store], Any]) -> Any:
+    async def run(store: Store) -> Any:
+        try:
+            await store.open()
+            return await work(store)
+        finally:
+            await store.close()
+
+    with _explained():
+        flags = {"db": None if db is None else _database_url(db)}
+        file = None if config is None else Path(config)
+        nothing = AuthConfig(Nothing(), Nothing())
+        loaded = configuration.load(flags, os.environ, file, nothing)
+        path = database_path(loaded.config.db)
+        if path is None or not os.path.exists(path):
+            raise ConfigError(f"db: there is no database at {loaded.config.db}; see --db")
+        return asyncio.run(run(_store(loaded)))
+
+
+def _print(value: Any, as_json: bool, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    if as_json:
+        click.echo(json.dumps(value, indent=2))
+    else:
+        _print_table(head, [["" if cell is None else str(cell) for cell in row] for row in rows])
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in head:
+        table.add_column(name, no_wrap=name == head[0], overflow="fold")
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
+
+
+def _plain(text: str) -> Text:
+    """As it stands, without what could steer a terminal."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))

@@ -1,0 +1,212 @@
+"""Runs a broadcaster on a port: one process, or several on one listening socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+
+import uvicorn
+
+from lonelypsp.signing import AuthConfig, Nothing
+from lonelypss.app import App, create_app
+from lonelypss.config import BroadcasterConfig
+from lonelypss.secrets import load_auth, replay_path
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_STARTUP_FAILURE = 3
+_RESTART_PAUSE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All a worker process needs to know; can be sent to it.
+
+    Attributes:
+        config: without its authorization.
+        secrets: path of the secrets file; None: no authorization.
+        grace: seconds that running requests get when the broadcaster stops.
+        log_level: name of a level of `logging`.
+    """
+
+    config: BroadcasterConfig
+    secrets: str | None
+    grace: int
+    log_level: str
+
+    def app(self) -> App:
+        auth = AuthConfig(Nothing(), Nothing())
+        if self.secrets is not None:
+            auth = load_auth(self.secrets, replay_path(self.config.db))
+        return create_app(replace(self.config, auth=auth))
+
+    def set_up_logging(self) -> None:
+        logging.basicConfig(
+            level=self.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        if self.log_level != "debug":
+            logging.getLogger("uvicorn.error").setLevel("WARNING")
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on every address of `host`; with port 0 all on one free port.
+
+    Raises:
+        OSError: the name is unknown, or the address is not ours or in use.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((info[0], info[4]) for info in found):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address[0], port, *address[2:]))
+            port = sock.getsockname()[1]
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def serve(
+    settings: Settings,
+    sockets: Sequence[socket.socket],
+    workers: int,
+    announce: Callable[[], None],
+) -> int:
+    """Runs until SIGINT or SIGTERM.
+
+    Args:
+        workers: 1 serves in this process.
+        announce: called once requests are going to be answered.
+
+    Returns:
+        the exit status of the command.
+    """
+    if workers == 1:
+        _run(settings, sockets, announce)
+        return 0
+    return _Workers(settings, sockets, workers).run(announce)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a stop on request ends with status 0, and nothing new is started meanwhile."""
+
+    def __init__(self, config: uvicorn.Config, app: App, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app = app
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        parent = multiprocessing.parent_process()
+        if parent is None:
+            loop.add_signal_handler(signal.SIGINT, self.handle_exit, signal.SIGINT, None)
+        else:
+            # Ctrl-C reaches us, too; when to stop is the supervisor's decision, or its death
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            loop.add_reader(parent.sentinel, self._orphaned, parent.sentinel)
+        loop.add_signal_handler(signal.SIGTERM, self.handle_exit, signal.SIGTERM, None)
+        yield
+
+    def _orphaned(self, sentinel: int) -> None:
+        asyncio.get_running_loop().remove_reader(sentinel)
+        self.handle_exit(signal.SIGTERM, None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.broadcaster.routes.draining = True
+        super().handle_exit(sig, frame)
+
+
+def _run(
+    settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
+) -> None:
+    app = settings.app()
+    config = uvicorn.Config(
+        app,
+        interface="asgi3",
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=settings.grace,
+    )
+    _Server(config, app, announce).run(sockets=list(sockets))
+
+
+def _work(settings: Settings, sockets: Sequence[socket.socket]) -> None:
+    """A worker process."""
+    settings.set_up_logging()
+    _run(settings, sockets, lambda: None)
+
+
+class _Workers:
+    """Keeps a number of worker processes alive until told to stop."""
+
+    def __init__(self, settings: Settings, sockets: Sequence[socket.socket], number: int) -> None:
+        self._arguments = (settings, sockets)
+        self._number = number
+        self._stopping = False
+        self._wake_read, self._wake_write = os.pipe()
+        self._context = multiprocessing.get_context("spawn")
+
+    def run(self, announce: Callable[[], None]) -> int:
+        signal.signal(signal.SIGTERM, self._stop)
+        processes = [self._start() for _ in range(self._number)]
+        announce()
+        status = 0
+        while not self._stopping:
+            wait([self._wake_read, *(p.sentinel for p in processes)])
+            for dead in [p for p in processes if not p.is_alive()]:
+                if self._stopping:
+                    break
+                if dead.exitcode == _STARTUP_FAILURE:
+                    status, self._stopping = 1, True
+                    break
+                log.error(
+                    "worker %d ended with status %s; starting another", dead.pid, dead.exitcode
+                )
+                wait([self._wake_read], _RESTART_PAUSE)
+                processes[processes.index(dead)] = self._start()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        return status
+
+    def _start(self) -> BaseProcess:
+        # ignored signals stay ignored in the new program, so that Ctrl-C only ever means us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        process = self._context.Process(target=_work, args=self._arguments)
+        process.start()
+        signal.signal(signal.SIGINT, self._stop)
+        return process
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        os.write(self._wake_write, b"\0")
