@@ -16,7 +16,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,8 +77,7 @@ class SqliteStore:
         else:
             connect = partial(_connect, self.path, self.connection_class)
             try:
-                await asyncio.to_thread(_prepare, self.path, connect)
-                self._matcher = connect()
+                self._matcher = await asyncio.to_thread(_prepare, self.path, connect)
             except sqlite3.Error as error:
                 raise self._explain(error) from error
             self._reader = _Worker("sqlite reader", connect, "BEGIN", self.busy_timeout)
@@ -316,13 +315,14 @@ def _connect(
     return db
 
 
-def _prepare(path: str, connect: Callable[..., sqlite3.Connection]) -> None:
-    """Create, check or migrate the file. Several processes may do so at once."""
+def _prepare(path: str, connect: Callable[..., sqlite3.Connection]) -> sqlite3.Connection:
+    """Connect to the file, created, checked or migrated. Several processes may do so at once."""
     deadline = time.monotonic() + _OPEN_TIMEOUT
     while True:
         _refuse_what_is_torn(path)
         try:
-            with closing(connect(mode="rwc")) as db:
+            with ExitStack() as on_failure:
+                db = on_failure.enter_context(closing(connect(mode="rwc")))
                 if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                     raise StoreCorrupt(f"{path} is damaged: {found}. {_RESTORE}")
                 _migrate(db, path)
@@ -330,7 +330,8 @@ def _prepare(path: str, connect: Callable[..., sqlite3.Connection]) -> None:
                 # new, never one that lost its -wal.
                 if (found := db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
                     raise StoreUnavailable(f"{path} cannot use WAL ({found}): use a local disk")
-            return
+                on_failure.pop_all()
+                return db
         except sqlite3.Error as error:
             if not _is_locked(error) or time.monotonic() > deadline:
                 raise
