@@ -19,11 +19,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import re
 import ssl
 from collections import deque
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from urllib.parse import quote
 
 import httptools
@@ -38,6 +39,9 @@ MAX_REPLY = 256 * 1024
 ONE_WRITE = 256 * 1024
 """Up to this many bytes, a body in memory goes out together with its head."""
 CHUNK = 256 * 1024
+CACHED_URL = 512
+"""Characters up to which a url is remembered once it was taken apart."""
+STOPPING = "the broadcaster is stopping"
 TICK = 0.1
 """Seconds between two looks at the clock: how exact timeouts are."""
 
@@ -69,7 +73,6 @@ class Target:
         return self.scheme, self.host, self.port
 
 
-@lru_cache(maxsize=65536)
 def parse_target(url: str) -> Target:
     """Takes a subscriber's url apart, strictly.
 
@@ -77,6 +80,10 @@ def parse_target(url: str) -> Target:
         UrlRefused: it is not http(s), or its host is not a name or address in its plain spelling,
             or it holds a user name, spaces, control characters or backslashes.
     """
+    return _cached(url) if len(url) <= CACHED_URL else _parse(url)
+
+
+def _parse(url: str) -> Target:
     if _FORBIDDEN.search(url):
         raise UrlRefused("a url has no spaces, control characters or backslashes")
     match = _URL.fullmatch(url)
@@ -98,6 +105,9 @@ def parse_target(url: str) -> Target:
         # a fragment is lost on the way otherwise; it tells subscribers on one listener apart
         head += f"X-Subscription-Fragment: {quote(match['fragment'], safe='')}\r\n"
     return Target(scheme, host, port, head.encode("ascii"))
+
+
+_cached = lru_cache(maxsize=65536)(_parse)
 
 
 def _check_host(host: str) -> None:
@@ -131,13 +141,13 @@ def authorization_header(authorization: str | None) -> bytes:
 class Post:
     """One POST on its way; subclasses know what is posted and what the reply means."""
 
-    __slots__ = ("body", "deadline", "queued", "resent", "target")
+    __slots__ = ("body", "deadline", "expires", "resent", "target")
 
     def __init__(self, target: Target, body: Body | None) -> None:
         self.target = target
         self.body = body
-        self.deadline: float | None = None
-        self.queued = 0.0
+        self.deadline = math.inf
+        self.expires = math.inf
         self.resent = False
 
     def head(self) -> bytes:
@@ -156,51 +166,57 @@ class Sender:
         self.config = config
         self.connections = 0
         self.ssl = ssl.create_default_context()
-        self._hosts: dict[tuple[str, str, int], _Host] = {}
+        self.idle: dict[_Connection, None] = {}
+        """All idle connections, the longest idle one first."""
         self.starved: dict[_Host, None] = {}
+        """Hosts that got no connection because there were too many, in order."""
+        self.closed = True
+        self._hosts: dict[tuple[str, str, int], _Host] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
 
     def open(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.closed = False
+        self._none_left = asyncio.Event()
 
     def post(self, post: Post) -> None:
         """Starts or queues `post`; its `finish` is called later, never before this returns."""
-        now = self.loop.time()
-        post.queued = now
         total = self.config.outgoing_http_timeout_total
         if total is not None:
             length = 0 if post.body is None else post.body.length
-            post.deadline = now + total + length / self.config.outgoing_http_min_rate
+            post.deadline = self.loop.time() + total + length / self.config.outgoing_http_min_rate
         origin = post.target.origin
         host = self._hosts.get(origin)
         if host is None:
             host = self._hosts[origin] = _Host(self, post.target)
         host.submit(post)
-        if self._timer is None:
+        if self._timer is None and not self.closed:
             self._timer = self.loop.call_later(TICK, self._tick)
 
     def may_connect(self, host: _Host) -> bool:
         """Takes a place among all connections, if need be that of the longest idle one."""
-        if self.connections >= self.config.outgoing_connections and not self._close_idle():
-            self.starved[host] = None
-            return False
+        if self.connections >= self.config.outgoing_connections:
+            if not self.idle:
+                self.starved[host] = None
+                return False
+            next(iter(self.idle)).discard()
         self.connections += 1
         return True
 
     def connection_gone(self) -> None:
+        """Gives the place of a connection to whoever waits for one."""
         self.connections -= 1
-        if self.starved:
+        if self.closed and not self.connections:
+            self._none_left.set()
+        while self.starved and self.connections < self.config.outgoing_connections:
             host = next(iter(self.starved))
             del self.starved[host]
-            host.advance()
+            host.advance()  # it may have lost interest
 
-    def _close_idle(self) -> bool:
-        for host in self._hosts.values():
-            if host.idle:
-                host.idle.popleft().discard()
-                return True
-        return False
+    def wants_back(self, host: _Host) -> bool:
+        """Whether `host` has more than its share of connections while others have none."""
+        share = self.config.outgoing_connections // max(1, len(self._hosts))
+        return bool(self.starved) and len(host.busy) + len(host.idle) > share
 
     def _tick(self) -> None:
         self._timer = None
@@ -211,16 +227,23 @@ class Sender:
                 busy = True
             elif not host.idle:
                 del self._hosts[origin]
-        if busy and not self._closed:
+        if busy and not self.closed:
             self._timer = self.loop.call_later(TICK, self._tick)
 
     async def close(self) -> None:
-        """Fails what is under way and closes every connection."""
-        self._closed = True
+        """Fails what is under way and closes every connection. It can be opened again."""
+        self.closed = True
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        self.starved.clear()
+        connecting = [task for host in self._hosts.values() for task in host.connecting]
         for host in list(self._hosts.values()):
-            await host.close()
+            host.close()
+        await asyncio.gather(*connecting, return_exceptions=True)
+        if self.connections:
+            await self._none_left.wait()  # the loop is about to tell each that it is gone
+        self._hosts.clear()
 
 
 class _Host:
@@ -232,23 +255,38 @@ class _Host:
         self.idle: deque[_Connection] = deque()
         self.busy: set[_Connection] = set()
         self.waiting: deque[Post] = deque()
+        self.expires = math.inf
+        """No post in `waiting` expires earlier."""
         self.connecting: set[asyncio.Task[None]] = set()
 
     def submit(self, post: Post) -> None:
-        if self.idle:
-            self.idle.pop().start(post)
+        if self.sender.closed:
+            self.fail_soon(post, STOPPING)
+        elif self.idle:
+            connection = self.idle.pop()
+            del self.sender.idle[connection]
+            connection.start(post)
         elif len(self.waiting) < self.sender.config.outgoing_queue_per_host:
-            self.waiting.append(post)
-            self.advance()
+            self.enqueue(post)
         else:
             self.fail_soon(post, "the queue of this host is full (outgoing_queue_per_host)")
+
+    def enqueue(self, post: Post) -> None:
+        """Makes `post` wait for a connection."""
+        connect = self.sender.config.outgoing_http_timeout_connect
+        post.expires = post.deadline
+        if connect is not None:
+            post.expires = min(post.deadline, self.sender.loop.time() + connect)
+        self.expires = min(self.expires, post.expires)
+        self.waiting.append(post)
+        self.advance()
 
     def fail_soon(self, post: Post, reason: str) -> None:
         self.sender.loop.call_soon(post.finish, Reply(0, b"", reason))
 
     def advance(self) -> None:
         """Opens as many connections as there is waiting work for, slowly at first."""
-        while len(self.waiting) > len(self.connecting):
+        while len(self.waiting) > len(self.connecting) and not self.sender.closed:
             established = len(self.busy) + len(self.idle)
             limit = self.sender.config.outgoing_connections_per_host
             if (
@@ -257,38 +295,44 @@ class _Host:
                 or not self.sender.may_connect(self)
             ):
                 return
-            task = self.sender.loop.create_task(self._connect())
+            connection = _Connection(self)
+            task = self.sender.loop.create_task(self._connect(connection))
             self.connecting.add(task)
-            task.add_done_callback(self.connecting.discard)
+            task.add_done_callback(partial(self._attempted, connection))
 
-    async def _connect(self) -> None:
+    async def _connect(self, connection: _Connection) -> None:
         secure = self.target.scheme == "https"
         name = self.target.host.strip("[]")
+        failure = ""
         try:
             async with asyncio.timeout(self.sender.config.outgoing_http_timeout_sock_connect):
-                _, connection = await self.sender.loop.create_connection(
-                    lambda: _Connection(self),
+                await self.sender.loop.create_connection(
+                    lambda: connection,
                     name,
                     self.target.port,
                     ssl=self.sender.ssl if secure else None,
                     server_hostname=name if secure else None,
                 )
         except TimeoutError:
-            self._unreachable("no connection within outgoing_http_timeout_sock_connect")
-        except (OSError, ssl.CertificateError) as e:
-            self._unreachable(f"cannot connect: {e}")
-        except asyncio.CancelledError:
-            self.sender.connection_gone()
-            raise
+            failure = "no connection within outgoing_http_timeout_sock_connect"
+        except Exception as e:  # noqa: BLE001 whatever it is, the deliveries must hear of it
+            failure = f"cannot connect: {e}"
+        self._attempted(connection, asyncio.current_task())
+        if not failure and connection.is_closing:
+            failure = "the connection broke at once"
+        if failure:
+            self._unreachable(failure)
         else:
-            # this task is about to end: without it, advance sees one place more
-            self.connecting.discard(asyncio.current_task())
             self.free(connection)
-            self.advance()
+        self.advance()
+
+    def _attempted(self, connection: _Connection, task: asyncio.Task[None] | None) -> None:
+        if task in self.connecting:  # for a cancelled task that never ran, this is the only call
+            self.connecting.remove(task)
+            if connection.transport is None:  # otherwise connection_lost tells, or has told
+                self.sender.connection_gone()
 
     def _unreachable(self, reason: str) -> None:
-        self.connecting.discard(asyncio.current_task())
-        self.sender.connection_gone()
         waiting = self.waiting
         if not self.busy and not self.idle:
             self.waiting = deque()
@@ -298,50 +342,54 @@ class _Host:
             post.finish(Reply(0, b"", reason))
 
     def free(self, connection: _Connection) -> None:
-        self.busy.discard(connection)
-        if self.waiting:
-            connection.start(self.waiting.popleft())
-        elif self.sender.starved:
+        """Gives the connection, which is in neither set, its next work."""
+        if self.sender.closed or connection.is_closing:
+            connection.discard()
+        elif self.sender.starved and (not self.waiting or self.sender.wants_back(self)):
             connection.discard()  # its place is worth more elsewhere
+        elif self.waiting:
+            connection.start(self.waiting.popleft())
         else:
             self.idle.append(connection)
+            self.sender.idle[connection] = None
+
+    def remove(self, connection: _Connection) -> None:
+        """Takes the connection out of the sets that it may be in."""
+        self.busy.discard(connection)
+        if connection in self.sender.idle:
+            del self.sender.idle[connection]
+            self.idle.remove(connection)
 
     def forget_idle(self) -> None:
         while self.idle:
-            self.idle.pop().discard()
+            self.idle[-1].discard()
 
     def gone(self, connection: _Connection) -> None:
-        self.busy.discard(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
+        self.remove(connection)
         self.sender.connection_gone()
         self.advance()
 
     def expire(self, now: float) -> bool:
         """Fails what has run out of time; tells whether anything is still under way."""
-        connect = self.sender.config.outgoing_http_timeout_connect
-        while self.waiting:
-            post = self.waiting[0]
-            if post.deadline is not None and now > post.deadline:
-                reason = "outgoing_http_timeout_total"
-            elif connect is not None and now > post.queued + connect:
-                reason = "outgoing_http_timeout_connect"
-            else:
-                break
-            self.waiting.popleft()
-            post.finish(Reply(0, b"", f"no free connection within {reason}"))
+        if now > self.expires:
+            late = [post for post in self.waiting if now > post.expires]
+            self.waiting = deque(post for post in self.waiting if now <= post.expires)
+            self.expires = min((post.expires for post in self.waiting), default=math.inf)
+            for post in late:
+                which = "total" if now > post.deadline else "connect"
+                reason = f"no free connection within outgoing_http_timeout_{which}"
+                post.finish(Reply(0, b"", reason))
         for connection in list(self.busy):
             connection.expire(now)
         return bool(self.busy or self.waiting or self.connecting)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         for task in list(self.connecting):
             task.cancel()
-        await asyncio.gather(*self.connecting, return_exceptions=True)
         while self.waiting:
-            self.waiting.popleft().finish(Reply(0, b"", "the broadcaster is stopping"))
+            self.waiting.popleft().finish(Reply(0, b"", STOPPING))
         for connection in list(self.busy):
-            connection.discard("the broadcaster is stopping")
+            connection.discard(STOPPING)
         self.forget_idle()
 
 
@@ -368,10 +416,21 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.writable.set()
 
+    @property
+    def is_closing(self) -> bool:
+        return self.transport is None or self.transport.is_closing()
+
     def start(self, post: Post) -> None:
-        if self.transport is None or self.transport.is_closing():
-            self.host.waiting.appendleft(post)
-            self.host.advance()
+        if self.is_closing:
+            self.host.enqueue(post)
+            return
+        assert self.transport is not None
+        try:
+            head = post.target.head + post.head()
+        except Exception as e:  # a pluggable authenticator
+            log.exception("cannot sign a request")
+            self.host.fail_soon(post, f"cannot sign the request: {e!r}")
+            self.discard()
             return
         self.host.busy.add(self)
         self.post = post
@@ -384,7 +443,6 @@ class _Connection(asyncio.Protocol):
         self.error = ""
         self.retry_after = ""
         self.parts: list[bytes] = []
-        head = post.target.head + post.head()
         body = post.body
         if body is None:
             self.transport.write(head)
@@ -404,8 +462,11 @@ class _Connection(asyncio.Protocol):
                     if body.on_disk
                     else body.read_at(offset, CHUNK)
                 )
-            except OSError as e:
+            except (OSError, ValueError) as e:  # ValueError: closed, the request was cancelled
                 self.discard(f"cannot read the spooled message: {e}")
+                return
+            if not chunk:
+                self.discard(f"the spooled message ends after {offset:,} bytes")
                 return
             await self.writable.wait()
             if self.transport.is_closing():
@@ -440,6 +501,8 @@ class _Connection(asyncio.Protocol):
             self.error = "more than one reply to one request"
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status:
+            return  # a trailer
         name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self.delimited = True
@@ -462,6 +525,7 @@ class _Connection(asyncio.Protocol):
         if 100 <= self.status < 200:
             self.status = 0
             self.delimited = False
+            self.error = self.retry_after = ""
             return
         self.complete = True
         self.reusable = self.parser.should_keep_alive() and not self.error
@@ -472,20 +536,21 @@ class _Connection(asyncio.Protocol):
         assert self.transport is not None
         self.post = None
         self.used = True
-        if self.pump is not None:
-            if not self.pump.done():
-                self.pump.cancel()
-                self.reusable = False  # answered before it had the whole message
-            self.pump = None
+        if self.pump is not None and not self.pump.done():
+            self.pump.cancel()
+            self.reusable = False
+        if self.transport.get_write_buffer_size():
+            self.reusable = False  # answered before it had the whole message
+        self.pump = None
         if self.error:
             reply = Reply(0, b"", self.error)
         else:
             reply = Reply(self.status, b"".join(self.parts), "", self.retry_after)
+        self.host.remove(self)
         if self.reusable:
             self.host.free(self)  # may start the next post, which forgets this reply
         else:
-            self.host.busy.discard(self)
-            self.transport.close()
+            self.discard()  # closing it politely would wait for a peer that has stopped reading
         post.finish(reply)
 
     def eof_received(self) -> bool:
@@ -515,10 +580,10 @@ class _Connection(asyncio.Protocol):
         post, self.post = self.post, None
         if self.pump is not None:
             self.pump.cancel()
+        self.host.remove(self)
         if self.transport is not None:
             self.transport.abort()
         if post is not None:
-            self.host.busy.discard(self)
             post.finish(Reply(0, b"", reason))
 
     def expire(self, now: float) -> None:
@@ -526,7 +591,7 @@ class _Connection(asyncio.Protocol):
         if post is None:
             return
         read = self.host.sender.config.outgoing_http_timeout_sock_read
-        if post.deadline is not None and now > post.deadline:
+        if now > post.deadline:
             self.discard("no reply within outgoing_http_timeout_total")
         elif read is not None and now > self.touched + read:
             self.discard(f"silent for {read:g} s (outgoing_http_timeout_sock_read)")
