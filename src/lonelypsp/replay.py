@@ -8,14 +8,20 @@ keeps its memory in a file, which several processes may share.
 
 from __future__ import annotations
 
+import logging
 import math
 import sqlite3
 from collections import deque
 from enum import Enum
 from typing import Protocol
 
+log = logging.getLogger(__name__)
+
 DEFAULT_MAX_CODES = 1_000_000
 _OPEN_TIMEOUT = 10.0  # seconds: the workers of a machine start, and create the file, all at once
+_SWEEP_INTERVAL = 0.2  # seconds
+_SWEEP_ROWS = 2000  # with the interval: more than a core can verify
+_COUNT_INTERVAL = 5.0  # seconds, for which the bound is one per process
 _KEPT_BYTES = 16  # of the 64: two of 10^6 codes share a prefix with probability 10^-27
 
 
@@ -94,11 +100,11 @@ class SqliteReplayGuard:
     """
 
     def __init__(
-        self, path: str, *, busy_timeout: float = 0.25, max_codes: int = DEFAULT_MAX_CODES
+        self, path: str, *, busy_timeout: float = 0.05, max_codes: int = DEFAULT_MAX_CODES
     ) -> None:
         self._max = max_codes
         self._swept = -math.inf
-        self._count = 0
+        self._counted = -math.inf
         self._db = sqlite3.connect(
             path, timeout=_OPEN_TIMEOUT, isolation_level=None, check_same_thread=False
         )
@@ -111,26 +117,36 @@ class SqliteReplayGuard:
             "CREATE TABLE IF NOT EXISTS used (code BLOB PRIMARY KEY, expires REAL) WITHOUT ROWID"
         )
         self._db.execute("CREATE INDEX IF NOT EXISTS used_expires ON used (expires)")
+        self._count = 0
         self._db.execute(f"PRAGMA busy_timeout={int(busy_timeout * 1000)}")
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
         try:
-            if now - self._swept > 10 or self._count >= self._max:
-                self._sweep(now)
+            self._sweep(now)
             if self._count >= self._max:
                 return Verdict.UNKNOWN
             added = self._db.execute(
                 "INSERT OR IGNORE INTO used VALUES (?, ?)", (code[:_KEPT_BYTES], expires)
             )
-        except sqlite3.OperationalError:
+        except sqlite3.OperationalError as e:
+            log.warning("cannot remember a signature, so it is not accepted: %s", e)
             return Verdict.UNKNOWN
         self._count += added.rowcount
         return Verdict.NEW if added.rowcount else Verdict.USED
 
     def _sweep(self, now: float) -> None:
-        self._db.execute("DELETE FROM used WHERE expires < ?", (now,))
-        (self._count,) = self._db.execute("SELECT count(*) FROM used").fetchone()
-        self._swept = now
+        """Forgets a bounded part of what has expired; this may run on an event loop."""
+        if abs(now - self._swept) >= _SWEEP_INTERVAL:
+            self._swept = now
+            gone = self._db.execute(
+                "DELETE FROM used WHERE code IN (SELECT code FROM used WHERE expires < ? LIMIT ?)",
+                (now, _SWEEP_ROWS),
+            )
+            self._count -= gone.rowcount
+        if abs(now - self._counted) >= _COUNT_INTERVAL:
+            # other processes remember and forget too
+            self._counted = now
+            (self._count,) = self._db.execute("SELECT count(*) FROM used").fetchone()
 
     def close(self) -> None:
         self._db.close()

@@ -123,7 +123,7 @@ class Spool:
         self.length = length
         self.written = 0
         self._hash = hashlib.sha512()
-        self._chunks: list[bytes] = []
+        self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
         if length > memory_limit:
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
@@ -146,7 +146,7 @@ class Spool:
             )
         self._hash.update(chunk)
         if self._file is None:
-            self._chunks.append(chunk)
+            self._memory.write(chunk)
             return
         rest = memoryview(chunk)
         while rest:
@@ -164,14 +164,14 @@ class Spool:
             )
         if self._hash.digest() != sha512:
             raise RemoteProtocolError("the message does not have the SHA-512 that came with it")
-        data = None if self._file else b"".join(self._chunks)
+        data = None if self._file else self._memory.getvalue()
         body = Body(data, self._file, self.length, sha512)
-        self._file, self._chunks = None, []
+        self._file, self._memory = None, io.BytesIO()
         return body
 
     def close(self) -> None:
         """Frees what `finish` has not handed on."""
-        self._chunks = []
+        self._memory = io.BytesIO()
         if self._file is not None:
             self._file.close()
             self._file = None
