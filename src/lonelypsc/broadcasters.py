@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 MAX_REPLY = 256 * 1024
 _MAX_SHOWN = 200
+_MAX_BYTES = 1024 * 1024  # what aiohttp takes as bytes without a warning
 _MAX_RETRY_AFTER = 10.0
 _MAX_CONNECTIONS = 100
 # Broadcasters (uvicorn) close idle connections after 5 s; one that is closed while a request is
@@ -163,7 +165,7 @@ class Broadcasters:
         try:
             async with self._session.post(
                 url,
-                data=request.body,
+                data=_payload(request.body),
                 headers=headers,
                 allow_redirects=False,
                 timeout=self._timeout(request.length),
@@ -198,6 +200,10 @@ class Broadcasters:
             sock_read=config.outgoing_http_timeout_sock_read,
             sock_connect=config.outgoing_http_timeout_sock_connect,
         )
+
+
+def _payload(body: bytes | AsyncIterable[bytes | memoryview]) -> Any:
+    return io.BytesIO(body) if isinstance(body, bytes) and len(body) > _MAX_BYTES else body
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

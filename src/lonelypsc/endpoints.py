@@ -161,7 +161,7 @@ class ReceiveEndpoint(_Endpoint):
         hint = _hint(headers)
         candidates = self.candidates(scope, hint)
         if hint is None:
-            candidates.sort(key=lambda r: not r.hub.wants(head.topic))
+            candidates.sort(key=lambda r: (not r.hub.wants(head.topic), r.fragment != ""))
         for receiver in candidates:
             fields = {
                 "tracing": head.tracing,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
+import io
 import os
 import time
 from collections import defaultdict
@@ -11,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
@@ -29,8 +32,8 @@ from lonelypsp.bodies import (
     ResponseNotify,
     SetSubscriptions,
 )
-from lonelypsp.etag import strong_etag
 from lonelypsp.errors import AuthResult, RemoteProtocolError
+from lonelypsp.etag import strong_etag
 from lonelypsp.globs import glob_matches
 from lonelypsp.signing import Hmac, Nothing, Token
 from lonelypsp.wire import HeadParser, decode, encode
@@ -77,7 +80,7 @@ class Broadcaster:
     script: list[Any] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     fragments: bool = True
-    forge: Callable[[Any], Any] = staticmethod(lambda reply: reply)
+    forge: Callable[[Any], Any] | None = None
     forge_operations: tuple[str, ...] = ()
     url: str = ""
 
@@ -122,7 +125,7 @@ class Broadcaster:
             raise RemoteProtocolError(f"auth {result.name}", status=result.status)
 
     def _sign(self, operation: str, **fields: Any) -> str | None:
-        fields = self.forge(fields) if operation in self.forge_operations else fields
+        fields = self.forge(fields) if self.forge and operation in self.forge_operations else fields
         return self.auth.to_subscriber.authorize(operation, {"tracing": b"", **fields}, time.time())
 
     async def _act(self, path: str, value: str | None, body: bytes) -> tuple[int, bytes]:
@@ -190,8 +193,6 @@ class Broadcaster:
         session_kwargs: dict[str, Any] | None = None,
     ) -> int:
         """One RECEIVE; the number of subscribers reached. `headers` replace ours, None removes."""
-        import hashlib
-
         sha512 = hashlib.sha512(message).digest()
         identifier = os.urandom(8)
         signed = self._sign("RECEIVE", url=url, topic=topic, identifier=identifier, sha512=sha512)
@@ -201,7 +202,7 @@ class Broadcaster:
         }
         fragment = url.partition("#")[2]
         if fragment and self.fragments:
-            sent["X-Subscription-Fragment"] = fragment
+            sent["X-Subscription-Fragment"] = quote(fragment, safe="")
         sent |= headers or {}
         body = change(encode(ReceiveHead(b"", topic, identifier, len(message))) + message)
         got = await self.post(url, body, {k: v for k, v in sent.items() if v is not None})
@@ -231,7 +232,7 @@ class Broadcaster:
 
     async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Delivery:
         async with aiohttp.ClientSession() as session:
-            async with session.post(url, data=body, headers=headers) as response:
+            async with session.post(url, data=io.BytesIO(body), headers=headers) as response:
                 return Delivery(response.status, await response.read(), dict(response.headers))
 
 
