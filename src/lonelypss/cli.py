@@ -16,10 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+try:
+    import click
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as e:
+    raise SystemExit(f"{e}: the command line needs pip install 'lonelypsc[standard]'") from None
 
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss import config as configuration
@@ -217,10 +220,10 @@ def setup(
         click.echo(f"wrote {path}")
     click.echo(
         "\nNext:\n"
-        f"  lonelypss serve                         start a broadcaster on port {DEFAULT_PORT}, or\n"
-        f"  uvicorn main:app --port {DEFAULT_PORT} --no-access-log\n"
-        f"  give each subscriber a copy of {setup_files.SUBSCRIBER_SECRETS_FILE}, safely: whoever\n"
-        "  has it can subscribe and send"
+        f"- start a broadcaster on port {DEFAULT_PORT}: lonelypss serve\n"
+        f"  (or: uvicorn main:app --port {DEFAULT_PORT} --no-access-log)\n"
+        f"- give each subscriber a copy of {setup_files.SUBSCRIBER_SECRETS_FILE}, in a safe way:\n"
+        "  whoever has it can subscribe and send"
     )
 
 

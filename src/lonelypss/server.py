@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import uvicorn
 
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
-from lonelypss.config import BroadcasterConfig
+from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.secrets import load_auth, replay_path
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,11 @@ def _run(
 def _work(settings: Settings, sockets: Sequence[socket.socket]) -> None:
     """A worker process."""
     settings.set_up_logging()
-    _run(settings, sockets, lambda: None)
+    try:
+        _run(settings, sockets, lambda: None)
+    except ConfigError as e:
+        log.error("%s", e)
+        sys.exit(_STARTUP_FAILURE)
 
 
 class _Workers:
