@@ -83,17 +83,17 @@ class BroadcasterConfig:
         "seconds",
         "One delivery from start to answer, waiting for a connection included. Extended by the time"
         " that outgoing_http_min_rate allows for large messages.",
-        least=0,
+        least=0.1,
     )
     outgoing_http_timeout_connect: float | None = _option(
         None, "seconds", "Until a delivery has a connection, waiting for a free one included.",
-        least=0,
+        least=0.1,
     )  # fmt: skip
     outgoing_http_timeout_sock_read: float | None = _option(
-        5.0, "seconds", "Without any progress on the connection of a delivery.", least=0
+        5.0, "seconds", "Without any progress on the connection of a delivery.", least=0.1
     )
     outgoing_http_timeout_sock_connect: float | None = _option(
-        5.0, "seconds", "One attempt to connect to a subscriber, TLS included.", least=0
+        5.0, "seconds", "One attempt to connect to a subscriber, TLS included.", least=0.1
     )
     outgoing_http_min_rate: int = _option(
         MIB,
@@ -127,7 +127,10 @@ class BroadcasterConfig:
         least=0,
     )
     sweep_missed_interval: float = _option(
-        10.0, "seconds", "Longest pause between two looks for MISSED notices that are due.", least=0
+        10.0,
+        "seconds",
+        "Longest pause between two looks for MISSED notices that are due.",
+        least=0.1,
     )
     missed_lease: float = _option(
         60.0, "seconds", "After which another broadcaster may repeat a notice that one took on.",
@@ -149,12 +152,13 @@ class BroadcasterConfig:
 
     def __post_init__(self) -> None:
         for row in options():
-            value = getattr(self, row.name)
-            if value is None or row.least is None:
-                continue
-            if not math.isfinite(value) or value < row.least:
-                raise ConfigError(f"{row.name} is {value}, must be at least {row.least:g}")
-        database_path(self.db)
+            row.check(getattr(self, row.name))
+        try:
+            self.missed_delay(self.missed_max_retries - 1)
+        except OverflowError:
+            raise ConfigError(
+                "missed_expo_base is too large: the last pause before a MISSED notice is no number"
+            ) from None
 
     def missed_delay(self, attempt: int) -> float | None:
         """Seconds to wait before attempt number `attempt` (0 = first); None: give up."""
@@ -189,14 +193,37 @@ class Option:
 
     def parse(self, text: str) -> Any:
         """The value that `text` stands for; raises ConfigError."""
-        kinds = [kind for kind in _kinds(self.type) if kind is not type(None)]
-        if len(kinds) < len(_kinds(self.type)) and text.lower() in ("", "none"):
+        if self._optional and text.lower() in ("", "none"):
             return None
         try:
-            return kinds[0](text)
+            return self._kind(text)
         except ValueError:
-            wanted = self.unit if issubclass(kinds[0], StrEnum) else kinds[0].__name__
-            raise ConfigError(f"{self.name}: {text!r} is not {wanted}") from None
+            raise ConfigError(f"{self.name}: {text!r} is not {self._wanted}") from None
+
+    def check(self, value: Any) -> None:
+        """Raises ConfigError if the option cannot have this value."""
+        if value is None and self._optional:
+            return
+        fits = isinstance(value, (int, float) if self._kind is float else self._kind)
+        if not fits or isinstance(value, bool):
+            raise ConfigError(f"{self.name}: {value!r} is not {self._wanted}")
+        if self.least is not None and not (math.isfinite(value) and value >= self.least):
+            none = ", or none" if self._optional else ""
+            raise ConfigError(f"{self.name} is {value}, must be at least {self.least:g}{none}")
+        if self.name == "db":
+            database_path(value)
+
+    @property
+    def _optional(self) -> bool:
+        return type(None) in _kinds(self.type)
+
+    @property
+    def _kind(self) -> Any:
+        return next(kind for kind in _kinds(self.type) if kind is not type(None))
+
+    @property
+    def _wanted(self) -> str:
+        return self.unit if issubclass(self._kind, StrEnum) else str(self._kind.__name__)
 
 
 def _kinds(annotation: Any) -> tuple[type, ...]:
@@ -250,11 +277,12 @@ def load(
         else:
             sources[row.name] = "default"
             continue
-        if isinstance(values[row.name], str):
-            try:
+        try:
+            if isinstance(values[row.name], str):
                 values[row.name] = row.parse(values[row.name])
-            except ConfigError as e:
-                raise ConfigError(f"{e} (from {sources[row.name]})") from None
+            row.check(values[row.name])
+        except ConfigError as e:
+            raise ConfigError(f"{e} (from {sources[row.name]})") from None
     return Loaded(replace(BroadcasterConfig(**values), auth=auth), sources)
 
 

@@ -68,16 +68,19 @@ class Fanout:
         if not matches:
             return 0
         round_ = Round(self, topic, body, by_url(matches))
-        if self.config.journal_after == 0:
-            await round_.journal()
-        round_.start()
         try:
-            async with asyncio.timeout(self.config.journal_after or None):
+            if self.config.journal_after == 0:
+                await round_.journal()
+            round_.start()
+            try:
+                async with asyncio.timeout(self.config.journal_after or None):
+                    await round_.done.wait()
+            except TimeoutError:
+                await round_.journal()
                 await round_.done.wait()
-        except TimeoutError:
-            await round_.journal()
-            await round_.done.wait()
-        await round_.settle()
+            await round_.settle()
+        finally:
+            self.missed.release(round_.journaled)
         return min(round_.count, MAX_COUNT)
 
 
@@ -104,7 +107,7 @@ class Round:
         self.count = 0
         self.failed: list[str] = []
         self.unsubscribed: list[str] = []
-        self.journaled: set[str] = set()
+        self.journaled: list[tuple[Subscription, bytes]] = []
         self.done = asyncio.Event()
         digest = base64.b64encode(body.sha512).decode("ascii")
         self.digest_header = f"Repr-Digest: sha-512={digest}\r\n".encode()
@@ -136,7 +139,7 @@ class Round:
     def fail(self, url: str, reason: str) -> None:
         recoverable = any(s.recovery for s in self.urls[url])
         log.warning(
-            "delivery of topic %r to %s failed: %s; %s",
+            "delivery of topic %r to %r failed: %s; %s",
             self.topic,
             url,
             reason,
@@ -152,33 +155,35 @@ class Round:
 
     async def journal(self) -> None:
         """Writes down what is still open, so that it outlives this process."""
-        self.journaled = set(self.open)
         length, rate = self.body.length, self.config.outgoing_http_min_rate
         grace = (self.config.outgoing_http_timeout_total or 300.0) + length / rate
+        self.journaled = self._missed(self.open)
         try:
-            await self.fanout.missed.record(self._missed(self.journaled), extra=grace)
+            await self.fanout.missed.journal(self.journaled, grace)
         except StoreUnavailable as e:
             log.warning("cannot journal the fan-out of topic %r: %s", self.topic, e)
 
     async def settle(self) -> None:
         """Writes down what the deliveries came to."""
         store, missed = self.fanout.store, self.fanout.missed
+        # the message is out and counted: an error now would only make the publisher repeat it
         try:
-            if self.failed:
-                await missed.record(self._missed(self.failed))
-            if self.unsubscribed:
-                log.info("unsubscribed on the subscriber's word: %s", self.unsubscribed)
-                await store.drop([s for url in self.unsubscribed for s in self.urls[url]])
-            if kept := self.journaled.difference(self.failed, self.unsubscribed):
-                await store.clear_missed(self._missed(kept))
+            await missed.record(self._missed(self.failed))
         except StoreUnavailable as e:
-            # the message is out and counted: an error now would only make the publisher repeat it
             log.error(
                 "topic %r: cannot record %d failed deliveries, no MISSED notice will follow: %s",
                 self.topic,
                 len(self.failed),
                 e,
             )
+        try:
+            if self.unsubscribed:
+                log.info("unsubscribed on the subscriber's word: %r", self.unsubscribed)
+                await store.drop([s for url in self.unsubscribed for s in self.urls[url]])
+            unneeded, self.journaled = missed.release(self.journaled), []
+            await store.clear_missed(unneeded)
+        except StoreUnavailable as e:
+            log.warning("topic %r: needless messages or notices may follow: %s", self.topic, e)
 
     def _missed(self, urls: Iterable[str]) -> list[tuple[Subscription, bytes]]:
         """One subscription per url and recovery url: a notice each is enough."""
@@ -234,6 +239,9 @@ class Delivery(Post):
                 round_.confirm(self.url, self._confirmed(reply.body))
         except ProtocolError as e:
             round_.fail(self.url, f"status {reply.status} with a bad reply: {e}")
+        except Exception as e:
+            log.exception("cannot judge a reply")  # a pluggable authenticator
+            round_.fail(self.url, f"cannot judge the reply: {e!r}")
 
     def _asked_to_stop(self, reply: Reply) -> None:
         obeyed = self.round.config.unsubscribe_immediate is UnsubscribeImmediate.OBEY

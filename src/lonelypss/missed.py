@@ -45,24 +45,67 @@ class MissedNotices:
         self.sender = sender
         self._wake = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._journal: dict[tuple[int, bytes], _Note] = {}
 
-    async def record(self, items: Sequence[tuple[Subscription, bytes]], extra: float = 0.0) -> None:
+    async def record(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
         """Remembers that these (subscription, topic) pairs were not reached.
-
-        Args:
-            extra: seconds, on top of the first pause, before the notice is due.
 
         Raises:
             StoreUnavailable: nothing was recorded.
         """
+        for subscription, topic in items:
+            if note := self._journal.get((subscription.id, topic)):
+                note.failed = True
+        await self._record(items, 0.0)
+
+    async def _record(self, items: Sequence[tuple[Subscription, bytes]], extra: float) -> None:
         delay = self.config.missed_delay(0)
         if not items or delay is None:
             return
         await self.store.record_missed(items, time.time() + delay + extra)
         self._wake.set()
 
+    async def journal(self, items: Sequence[tuple[Subscription, bytes]], grace: float) -> None:
+        """Notes as a precaution what may turn out not to be reached, due after `grace` seconds.
+
+        Fan-outs of one topic share their notes, since what was noted twice cannot be taken back.
+        Each needs its own `release` at the end, also when this raises.
+
+        Raises:
+            StoreUnavailable: nothing was noted.
+        """
+        fresh = [(s, topic) for s, topic in items if (s.id, topic) not in self._journal]
+        if fresh:
+            write = asyncio.ensure_future(self._record(fresh, grace))
+            self._journal |= {(s.id, topic): _Note(write) for s, topic in fresh}
+        notes = [self._journal[s.id, topic] for s, topic in items]
+        for note in notes:
+            note.holders += 1
+        # shielded: others rely on them too
+        await asyncio.shield(asyncio.gather(*{note.write for note in notes}))
+
+    def release(
+        self, items: Sequence[tuple[Subscription, bytes]]
+    ) -> list[tuple[Subscription, bytes]]:
+        """Ends what `journal` began.
+
+        Returns:
+            What nobody needs any more, to be removed from the store without waiting for anything
+            in between: the next fan-out will write it down again.
+        """
+        unneeded = []
+        for subscription, topic in items:
+            note = self._journal[subscription.id, topic]
+            note.holders -= 1
+            if not note.holders:
+                del self._journal[subscription.id, topic]
+                if not note.failed:
+                    unneeded.append((subscription, topic))
+        return unneeded
+
     async def run(self) -> None:
         """Sends due notices until cancelled."""
+        self._wake = asyncio.Event()  # belongs to the loop on which it is waited for
         try:
             while True:
                 self._wake.clear()
@@ -75,6 +118,7 @@ class MissedNotices:
         finally:
             for task in self._under_way:
                 task.cancel()
+            await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def _sweep(self) -> float:
         """Starts on what is due; seconds until the next look."""
@@ -83,15 +127,19 @@ class MissedNotices:
         if room <= 0:
             return pause  # whichever ends first wakes us
         try:
-            notices = await self.store.claim_missed(time.time(), room, self.config.missed_lease)
+            for notice in await self.store.claim_missed(
+                time.time(), room, self.config.missed_lease
+            ):
+                task = asyncio.create_task(self._announce(notice))
+                self._under_way.add(task)
+                task.add_done_callback(self._ended)
             due = await self.store.next_due()
         except StoreUnavailable as e:
             log.warning("cannot look for MISSED notices, trying again soon: %s", e)
             return min(pause, float(e.retry_after))
-        for notice in notices:
-            task = asyncio.create_task(self._announce(notice))
-            self._under_way.add(task)
-            task.add_done_callback(self._ended)
+        except Exception:
+            log.exception("looking for MISSED notices failed in an unforeseen way")
+            return pause
         return pause if due is None else min(pause, max(0.02, due - time.time()))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -113,20 +161,20 @@ class MissedNotices:
             await self._settle(notice, failure)
         except StoreUnavailable as e:
             log.warning(
-                "cannot write down how the MISSED notice to %s ended, it will be repeated: %s",
+                "cannot write down how the MISSED notice to %r ended, it will be repeated: %s",
                 notice.recovery,
                 e,
             )
 
     async def _settle(self, notice: MissedNotice, failure: Reply | None) -> None:
         if failure is None:
-            log.info("%s knows that it missed %r", notice.recovery, notice.topic)
+            log.info("%r knows that it missed %r", notice.recovery, notice.topic)
             await self.store.finish_missed(notice, time.time())
             return
         delay = self.config.missed_delay(notice.attempts + 1)
         what_next = "given up" if delay is None else f"again in {delay:.0f} s"
         log.warning(
-            "MISSED notice about %r to %s failed (attempt %d): %s; %s",
+            "MISSED notice about %r to %r failed (attempt %d): %s; %s",
             notice.topic,
             notice.recovery,
             notice.attempts + 1,
@@ -139,12 +187,24 @@ class MissedNotices:
             await self.store.retry_missed(notice, time.time() + max(delay, wish(failure)))
 
 
+class _Note:
+    """A row that is written as a precaution, and how many fan-outs rely on it."""
+
+    __slots__ = ("failed", "holders", "write")
+
+    def __init__(self, write: asyncio.Future[None]) -> None:
+        self.write = write
+        self.holders = 0
+        self.failed = False
+
+
 def wish(reply: Reply) -> float:
     """Seconds that the subscriber asks us to wait, within reason."""
-    if reply.status not in (429, 503) or not reply.retry_after.isdigit():
+    asked = reply.retry_after
+    if reply.status not in (429, 503) or not (asked.isascii() and asked.isdigit()):
         return 0.0
     low, high = RETRY_AFTER_RANGE
-    return min(max(float(reply.retry_after[:10]), low), high)
+    return min(max(float(asked[:10]), low), high)
 
 
 class MissedPost(Post):
@@ -176,7 +236,11 @@ class MissedPost(Post):
 
     def finish(self, reply: Reply) -> None:
         if not self.outcome.done():  # done: the sweeper was cancelled
-            self.outcome.set_result(self._failure(reply))
+            try:
+                self.outcome.set_result(self._failure(reply))
+            except Exception as e:
+                log.exception("cannot judge a reply")  # a pluggable authenticator
+                self.outcome.set_result(Reply(0, b"", f"cannot judge the reply: {e!r}"))
 
     def _failure(self, reply: Reply) -> Reply | None:
         if reply.error or not 200 <= reply.status < 300:

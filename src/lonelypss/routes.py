@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,7 +37,7 @@ from lonelypsp.wire import HeadParser, Reader, decode, encode, read
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import Fanout
 from lonelypss.sender import UrlRefused, parse_target
-from lonelypss.store.base import Kind, Store, StoreUnavailable
+from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+LONG_LIST = 100_000
+"""Bytes from which a list of subscriptions is taken apart in a thread."""
 WRITE_SIZE = 1024 * 1024
 """Bytes gathered before one write to a spool on disk."""
 
@@ -70,6 +72,9 @@ class Route:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000})
+            return
         if scope["method"] != "POST":
             await respond(send, 405, b'{"detail":"Method Not Allowed"}', b"application/json")
             return
@@ -77,9 +82,10 @@ class Route:
             body = await self._handler(scope, receive)
         except Disconnected:
             log.info("%s: the peer left before its request was complete", scope["path"])
-        except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, OSError) as e:
+        except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable) as e:
             refused = as_refused(e)
-            log.info("%s answered %d: %s", scope["path"], refused.status, refused)
+            level = logging.WARNING if refused.status >= 500 else logging.INFO
+            log.log(level, "%r answered %d: %s", scope["path"], refused.status, refused)
             text = f"{refused}\n".encode()
             await respond(
                 send, refused.status, text, b"text/plain; charset=utf-8", refused.retry_after
@@ -99,8 +105,6 @@ def as_refused(e: Exception) -> Refused:
             return Refused(400, f"url-syntax: {e}")
         case StoreUnavailable():
             return Refused(503, f"the database is not available: {e}", e.retry_after)
-        case OSError():
-            return Refused(507, f"cannot spool the message (spool_directory): {e.strerror}")
     raise e
 
 
@@ -179,11 +183,10 @@ class Routes:
         request = decode(CheckSubscriptions, await self._whole_body(receive))
         self._check(scope, request.tracing, {"url": request.url})
         rows = await self.store.subscriptions(request.url)
-        etag = strong_etag(
-            request.url,
-            [(row.pattern, row.recovery) for row in rows if row.kind is Kind.EXACT],
-            [(row.pattern.decode(), row.recovery) for row in rows if row.kind is Kind.GLOB],
-        )
+        if len(rows) < LONG_LIST // 100:
+            etag = _etag(request.url, rows)
+        else:
+            etag = await asyncio.to_thread(_etag, request.url, rows)
         signed = {"etag_format": ETAG_FORMAT, "etag": etag}
         return encode(
             ResponseCheckSubscriptions(self._authorize(scope, b"", signed), b"", ETAG_FORMAT, etag)
@@ -196,12 +199,10 @@ class Routes:
         self._check(scope, head.tracing, {"url": head.url, **signed})
         if head.etag_format != ETAG_FORMAT:
             raise RemoteProtocolError(f"etag format {head.etag_format} is not {ETAG_FORMAT}")
-        request = decode(SetSubscriptions, body)
-        if strong_etag(request.url, request.exact, request.globs) != request.etag:
-            raise RemoteProtocolError("the etag is not that of the list that came with it")
-        recoveries = {r for _, r in request.exact} | {r for _, r in request.globs}
-        if recoveries:
-            _check_urls(request.url, *recoveries)
+        if len(body) < LONG_LIST:
+            request = _checked_list(body)
+        else:
+            request = await asyncio.to_thread(_checked_list, body)
         await self.store.set_subscriptions(request.url, request.exact, request.globs)
         return self._generic(scope, signed)
 
@@ -216,7 +217,11 @@ class Routes:
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
             self._check(scope, head.tracing, signed)
             with ExitStack() as held:
-                body = await self._message(head, rest, more, receive, held)
+                try:
+                    body = await self._message(head, rest, more, receive, held)
+                except OSError as e:
+                    why = f"cannot spool the message (spool_directory): {e.strerror}"
+                    raise Refused(507, why) from e
                 held.callback(body.close)
                 count = await self.fanout.notify(head.topic, body)
         finally:
@@ -269,10 +274,7 @@ class Routes:
         self._spooled -= length
 
     async def _whole_body(self, receive: Receive) -> bytes:
-        body, more = await _chunk(receive)
-        if not more:
-            return body
-        parts, size = [body], len(body)
+        parts, size, more = [], 0, True
         while more:
             body, more = await _chunk(receive)
             parts.append(body)
@@ -318,6 +320,24 @@ def _endpoint(scope: Scope) -> Endpoint:
     """The row of the protocol's table, also when the router is mounted under a prefix."""
     path: str = scope["path"]
     return BROADCASTER_ENDPOINTS[path[path.rindex("/v1/") :]]
+
+
+def _checked_list(body: bytes) -> SetSubscriptions:
+    request = decode(SetSubscriptions, body)
+    if strong_etag(request.url, request.exact, request.globs) != request.etag:
+        raise RemoteProtocolError("the etag is not that of the list that came with it")
+    recoveries = {r for _, r in request.exact} | {r for _, r in request.globs}
+    if recoveries:  # an empty list removes what should never have been there
+        _check_urls(request.url, *recoveries)
+    return request
+
+
+def _etag(url: str, rows: Sequence[Subscription]) -> bytes:
+    return strong_etag(
+        url,
+        [(row.pattern, row.recovery) for row in rows if row.kind is Kind.EXACT],
+        [(row.pattern.decode(), row.recovery) for row in rows if row.kind is Kind.GLOB],
+    )
 
 
 def _check_urls(url: str, *recoveries: str | None) -> None:
