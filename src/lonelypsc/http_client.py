@@ -266,6 +266,8 @@ class HttpTransport:
     # notify
     async def notify(self, topic: bytes, content: Content) -> int:
         def make() -> Request[int]:
+            if content.failure is not None:
+                raise content.failure  # the next try would meet it again
             identifier = os.urandom(_IDENTIFIER_LENGTH)
             head = encode(NotifyHead(topic, content.sha512, b"", identifier, content.length))
             fields = {"topic": topic, "identifier": identifier, "sha512": content.sha512}

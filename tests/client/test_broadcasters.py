@@ -22,20 +22,7 @@ from lonelypsc.http_client import HttpPubSubClient
 NOTIFY_ONLY: Any = {"type": "manual", "callback": noop}
 
 
-@pytest.fixture(autouse=True)
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses of the retry loop, which take no time here."""
-    slept: list[float] = []
-
-    class Quick:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(asyncio, name)
-
-        async def sleep(self, seconds: float) -> None:
-            slept.append(seconds)
-
-    monkeypatch.setattr(module, "asyncio", Quick())
-    return slept
+pytestmark = pytest.mark.usefixtures("sleeps")
 
 
 @asynccontextmanager

@@ -20,6 +20,8 @@ from lonelypsp.wire import HeadParser
 
 BIG = os.urandom(3 * 1024 * 1024 + 17)
 
+pytestmark = pytest.mark.usefixtures("sleeps")
+
 
 def sent(fake: Any) -> list[bytes]:
     parsed = [HeadParser(NotifyHead).feed(body) for _, _, body in fake.requests]

@@ -10,11 +10,12 @@ import pytest
 from client.fakes import KINDS, auth, broadcaster, config, noop, until, urls
 from lonelypsc.client import (
     PubSubRequestAmbiguousError,
-    PubSubRequestError,
     PubSubRequestRefusedError,
 )
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.listener import Listener, answer
+
+pytestmark = pytest.mark.usefixtures("sleeps")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,7 +252,7 @@ async def test_a_refusal_during_a_large_upload_is_seen() -> None:
     bind = {"type": "manual", "callback": noop}
     made = config(f"http://127.0.0.1:{listener.port}", bind=bind)
     async with HttpPubSubClient(made) as client:
-        with pytest.raises(PubSubRequestError):
+        with pytest.raises(PubSubRequestRefusedError, match="who are you"):
             await client.notify(topic=b"t", data=bytes(50_000_000))
     await listener.stop()
 
