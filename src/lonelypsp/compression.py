@@ -117,7 +117,7 @@ def compress(data: Buffer, *, dictionary: bytes | None, level: int) -> bytes:
     """One zstd frame.
 
     Raises:
-        LocalProtocolError: zstd is not installed, or the dictionary or level is unusable.
+        LocalProtocolError: zstd is not installed, or the dictionary is unusable.
     """
     return b"".join(compress_pieces([data], length=len(data), dictionary=dictionary, level=level))
 
@@ -148,7 +148,7 @@ def compress_pieces(
         for chunk in chunks:
             yield encoder.compress(chunk)
         yield encoder.flush()
-    except (zstd.ZstdError, ValueError, OverflowError) as e:
+    except zstd.ZstdError as e:
         raise LocalProtocolError(f"compression at level {level}: {e}") from e
 
 
@@ -214,7 +214,7 @@ def _cut_off() -> RemoteProtocolError:
 
 @lru_cache(maxsize=64)
 def _dictionary(dictionary: bytes | None) -> zstandard.ZstdCompressionDict | None:
-    # prepared by its first use, which takes much longer than decoding a small body
+    # its first use prepares it, which takes much longer than decoding a small body does
     return None if dictionary is None else _zstd().ZstdCompressionDict(dictionary)
 
 
