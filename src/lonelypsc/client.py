@@ -202,7 +202,7 @@ class PubSubClient:
         self._entered = False
         self.connection_status = PubSubClientConnectionStatus.ABANDONED
         for buffer in list(self._buffers):
-            buffer.close(PubSubRequestConnectionAbandonedError("the client was left"))
+            buffer.close("the client was left")
         self._buffers.clear()
         try:
             await self._transport.stop()
@@ -328,15 +328,16 @@ class PubSubClient:
             await self._want(owner, topics)
         except BaseException:
             self._buffers.discard(buffer)
-            buffer.close(PubSubRequestConnectionAbandonedError("subscribing failed"))
+            buffer.close("subscribing failed")
             raise
         return owner
 
-    async def _close(self, owner: _Owner) -> None:
+    async def _close(self, owner: _Owner, lock: asyncio.Lock) -> None:
         assert owner.buffer is not None
-        owner.buffer.close(PubSubRequestConnectionAbandonedError("the subscription was left"))
+        owner.buffer.close("the subscription was left")
         self._buffers.discard(owner.buffer)
-        await self._release(owner, owner.topics)
+        async with lock:
+            await self._release(owner, owner.topics)
 
     # what the transport tells us
     async def _deliver(self, topic: bytes, body: Body) -> bool:
@@ -412,7 +413,7 @@ class PubSubClient:
     async def direct_subscribe_multiple(
         self, exact: Iterable[bytes], glob: Iterable[str]
     ) -> DirectSubscribeMultipleResult:
-        """As many direct subscriptions; asked for in parallel, all or none."""
+        """As many direct subscriptions, all or none."""
         result = DirectSubscribeMultipleResult({}, {})
         wanted = Topics.of(exact, glob)
         try:
@@ -468,16 +469,13 @@ class _ClientHub:
 
     def __init__(self, client: PubSubClient) -> None:
         self._interests = client._interests
-        self._receivers = client._receivers
+        self.wants = client._interests.wants
         self.deliver = client._deliver
         self.gap = client._gap
 
     @property
     def wanted(self) -> Topics:
         return self._interests.wanted
-
-    def wants(self, topic: bytes) -> bool:
-        return bool(self._interests.match(topic))
 
 
 async def _call_receiver(receiver: OnMessageReceiver, shared: SharedBody) -> None:
@@ -513,6 +511,8 @@ class PubSubClientSubscription:
     _owner: _Owner | None = None
     _left: bool = False
     _messages: _Messages | None = field(default=None, repr=False)
+    # one change at a time: a second one must not count on what the first may not get
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     async def __aenter__(self) -> PubSubClientSubscription:
         """Returns when the broadcaster has confirmed. Raises PubSubRequestError if it does not."""
@@ -528,7 +528,7 @@ class PubSubClientSubscription:
         if self._messages is not None:
             self._messages.drop()
         try:
-            await self._client._close(owner)
+            await self._client._close(owner, self._lock)
         except PubSubError as e:
             if exc_type is None:
                 raise
@@ -551,21 +551,23 @@ class PubSubClientSubscription:
         await self._remove(Topics.of(globs=(glob,)))
 
     async def _add(self, topics: Topics) -> None:
-        self._check_not_left()
-        if self._owner is None:
-            self._queued |= topics
-        else:
-            await self._client._want(self._owner, topics)
+        async with self._lock:
+            self._check_not_left()
+            if self._owner is None:
+                self._queued |= topics
+            else:
+                await self._client._want(self._owner, topics)
 
     async def _remove(self, topics: Topics) -> None:
-        self._check_not_left()
-        present = self._queued if self._owner is None else self._owner.topics
-        if not topics & present:
-            raise ValueError(f"not in this subscription: {topics}")
-        if self._owner is None:
-            self._queued -= topics
-        else:
-            await self._client._release(self._owner, topics)
+        async with self._lock:
+            self._check_not_left()
+            present = self._queued if self._owner is None else self._owner.topics
+            if not topics & present:
+                raise ValueError(f"not in this subscription: {topics}")
+            if self._owner is None:
+                self._queued -= topics
+            else:
+                await self._client._release(self._owner, topics)
 
     def _check_not_left(self) -> None:
         if self._left:

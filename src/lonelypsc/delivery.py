@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from lonelypsc.errors import PubSubError
+from lonelypsc.errors import PubSubRequestConnectionAbandonedError
 from lonelypsp.spool import Body
 
 
@@ -57,7 +57,7 @@ class PubSubClientMessage:
         topic: what it was sent to.
         sha512: 64 bytes, checked.
         data: a readable, seekable binary file at its start, on disk when the message is larger
-            than `message_body_spool_size`; closed at the next iteration.
+            than `message_body_spool_size` (reading it blocks); closed at the next iteration.
     """
 
     topic: bytes
@@ -75,7 +75,7 @@ class Buffer:
         self._waiting: deque[SharedBody] = deque()
         self._bytes = 0
         self._news = asyncio.Event()
-        self._end: PubSubError | None = None
+        self._end: str | None = None
         self.gap = True
 
     def offer(self, body: SharedBody) -> bool:
@@ -104,10 +104,10 @@ class Buffer:
         """The oldest message, now the caller's to release.
 
         Raises:
-            PubSubError: what `close` was given.
+            PubSubRequestConnectionAbandonedError: the buffer is closed.
         """
         if self._end is not None:
-            raise self._end
+            raise PubSubRequestConnectionAbandonedError(self._end)
         if not self._waiting:
             return None
         body = self._waiting.popleft()
@@ -119,10 +119,10 @@ class Buffer:
         self._news.clear()
         await self._news.wait()
 
-    def close(self, end: PubSubError) -> None:
-        """Frees everything; whoever waits or takes gets `end`."""
+    def close(self, reason: str) -> None:
+        """Frees everything; whoever waits or takes is told the reason."""
         if self._end is None:
-            self._end = end
+            self._end = reason
         while self._waiting:
             self._waiting.popleft().release()
         self._bytes = 0

@@ -28,6 +28,8 @@ class Topics:
             TypeError: an exact topic is not bytes or a glob not str.
             LocalProtocolError: one is longer than 65,535 bytes, or a glob is not encodable.
         """
+        if isinstance(exact, bytes) or isinstance(globs, str):
+            raise TypeError("give a list of topics, not one")
         return cls(frozenset(map(_exact, exact)), frozenset(map(_glob, globs)))
 
     def each(self) -> Iterator[Topics]:
@@ -115,9 +117,14 @@ class Interests(Generic[V]):
 
     def match(self, topic: bytes) -> list[V]:
         """Each owner that receives `topic`, once."""
-        found = dict.fromkeys(self._exact_owners.get(topic, ()))
-        found.update(dict.fromkeys(self._glob_owners.match(topic)))
-        return list(found)
+        exact = self._exact_owners.get(topic, ())
+        if not len(self._glob_owners):
+            return list(exact)
+        return list(dict.fromkeys((*exact, *self._glob_owners.match(topic))))
+
+    def wants(self, topic: bytes) -> bool:
+        """Whether anybody receives `topic`."""
+        return topic in self._exact_owners or bool(self._glob_owners.match(topic))
 
 
 def _decrement(counter: Counter[V], key: V) -> None:

@@ -393,6 +393,24 @@ class TestLeaving:
         assert client.exact_subscriptions == {}
 
 
+async def test_a_second_wish_waits_for_the_first(
+    client: PubSubClient, transport: Transport
+) -> None:
+    async with client.subscribe_multi() as subscription:
+        transport.hold = asyncio.Event()
+        first = asyncio.create_task(subscription.subscribe_exact(b"a"))
+        await soon(transport.entered.wait())
+        second = asyncio.create_task(subscription.subscribe_exact(b"a"))
+        await asyncio.sleep(0)
+        assert not second.done()
+        transport.fail = PubSubRequestRefusedError("no")
+        transport.hold.set()
+        with pytest.raises(PubSubRequestRefusedError):
+            await soon(first)
+        await soon(second)
+        assert client.exact_subscriptions == {b"a": 1}
+
+
 async def test_misuse(transport: Transport) -> None:
     client = PubSubClient(transport)
     with pytest.raises(RuntimeError, match="not entered"):
@@ -406,6 +424,8 @@ async def test_misuse(transport: Transport) -> None:
             client.subscribe_exact("a")  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="glob is str"):
             client.subscribe_glob(b"a")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="list of topics"):
+            client.subscribe(glob="foo/*")
         with pytest.raises(LocalProtocolError, match="65,535"):
             client.subscribe_exact(b"a" * 65_536)
         with pytest.raises(LocalProtocolError, match="65,535"):

@@ -52,6 +52,7 @@ MANUAL = {"type": "manual", "callback": noop}
         ("broadcasters", [{"host": "http://h?x"}], "query"),
         ("broadcasters", [{"host": "http://h", "priority": "1"}], "priority"),
         ("bind", {"type": "other"}, "bind: type"),
+        ("bind", {}, "bind: type"),
         ("bind", {"type": "uvicorn", "host": "x"}, "bind: port"),
         ("bind", {"type": "uvicorn", "port": 1}, "bind: host"),
         ("bind", {"type": "uvicorn", "host": "x", "port": 65_536}, "bind: port"),

@@ -198,17 +198,16 @@ def _split(name: str, url: str) -> SplitResult:
 
 
 def _check_bind(bind: HttpPubSubBind) -> None:
-    kind = bind.get("type")
-    if bind["type"] == "uvicorn":
-        if not isinstance(bind.get("host"), str):
-            raise ValueError("bind: host must be the address to listen on, e.g. '0.0.0.0'")
-        if not (isinstance(bind.get("port"), int) and 0 <= bind["port"] <= 65_535):
-            raise ValueError(f"bind: port {bind.get('port')!r} is not between 0 and 65535")
-    elif bind["type"] == "manual":
+    if bind.get("type") not in ("uvicorn", "manual"):
+        raise ValueError(f"bind: type must be 'uvicorn' or 'manual', not {bind.get('type')!r}")
+    if bind["type"] == "manual":
         if not callable(bind.get("callback")):
             raise ValueError("bind: callback must be an async callable that takes an APIRouter")
-    else:
-        raise ValueError(f"bind: type must be 'uvicorn' or 'manual', not {kind!r}")
+        return
+    if not isinstance(bind.get("host"), str):
+        raise ValueError("bind: host must be the address to listen on, e.g. '0.0.0.0'")  # noqa: TRY004
+    if not (isinstance(bind.get("port"), int) and 0 <= bind["port"] <= 65_535):
+        raise ValueError(f"bind: port {bind.get('port')!r} is not between 0 and 65535")
 
 
 def _check_auth(auth: AuthConfig) -> None:
