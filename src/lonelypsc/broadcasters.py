@@ -16,6 +16,7 @@ from lonelypsc.config.config import BroadcastersShuffler, HttpPubSubConfig
 from lonelypsc.errors import (
     Attempt,
     PubSubRequestAmbiguousError,
+    PubSubRequestConnectionAbandonedError,
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
@@ -106,6 +107,7 @@ class Broadcasters:
             PubSubRequestRefusedError: a broadcaster said no.
             PubSubRequestAmbiguousError: no good reply, and one may have acted on the request.
             PubSubRequestRetriesExhaustedError: all were unavailable every time.
+            PubSubRequestConnectionAbandonedError: `close` was called.
         """
         attempts: list[Attempt] = []
         ends: set[_End] = set()
@@ -116,6 +118,8 @@ class Broadcasters:
             retry_after = 0.0
             for broadcaster in self._shuffler:
                 url = broadcaster["host"] + path
+                if self._session.closed:
+                    raise PubSubRequestConnectionAbandonedError("the client was left", attempts)
                 try:
                     return await self._try(url, make(), conflict)
                 except _TryFailed as e:

@@ -52,6 +52,7 @@ _IDENTIFIER_LENGTH = 8
 _MIN_RECONCILE_PAUSE = 0.5
 _MAX_RECONCILE_PAUSE = 60.0
 _DROP_MEMORY = 10.0
+_STOP_PATIENCE = 2.0  # seconds for a change that is under way when the client is left
 
 
 def HttpPubSubClient(config: HttpPubSubConfig) -> PubSubClient:
@@ -98,9 +99,12 @@ class HttpTransport:
             self._receiver.closing = True
             self._reconciler.cancel()
             await asyncio.wait((self._reconciler,))
-            async with self._lock:
-                if self._used and self._known != NO_TOPICS:
-                    await self._set(NO_TOPICS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_PATIENCE):
+                    await self._lock.acquire()  # for good: nothing may change any more
+            changing = self._version % 2 == 1
+            if changing or (self._used and self._known != NO_TOPICS):
+                await self._set(NO_TOPICS)
 
     # serving
     async def _serve(self) -> Callable[[], Awaitable[None]]:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from client.fakes import KINDS, auth, broadcaster, config, noop, until, urls
+from lonelypsc import http_client
 from lonelypsc.client import (
     PubSubRequestAmbiguousError,
+    PubSubRequestConnectionAbandonedError,
     PubSubRequestRefusedError,
 )
 from lonelypsc.http_client import HttpPubSubClient
@@ -264,3 +266,27 @@ async def test_two_clients_in_one_process() -> None:
                 assert (await one.notify(topic=b"t", data=b"x")).notified == 2
                 for subscription in (a, b):
                     await (await subscription.messages()).__anext__()
+
+
+async def test_leaving_waits_for_no_hung_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "_STOP_PATIENCE", 0.02)
+    never = asyncio.Event()
+
+    async def hang(path: str, body: bytes) -> None:
+        await never.wait()
+
+    async with broadcaster(script=[hang, hang]) as fake:
+        client = HttpPubSubClient(config(fake))
+        await client.__aenter__()
+        hung = [
+            asyncio.create_task(client.subscribe_exact(b"t").__aenter__()),
+            asyncio.create_task(client.notify(topic=b"t", data=b"")),
+        ]
+        await until(lambda: len(fake.requests) == 2)
+        async with asyncio.timeout(5):
+            await client.__aexit__(None, None, None)
+            for task in hung:
+                with pytest.raises(PubSubRequestConnectionAbandonedError):
+                    await task
+        assert fake.paths[-1] == "/v1/set_subscriptions"
+        never.set()
