@@ -214,9 +214,9 @@ class Sender:
             host.advance()  # it may have lost interest
 
     def wants_back(self, host: _Host) -> bool:
-        """Whether `host` has more than its share of connections while others have none."""
+        """Whether the connection that `host` has free is above its share, and others have none."""
         share = self.config.outgoing_connections // max(1, len(self._hosts))
-        return bool(self.starved) and len(host.busy) + len(host.idle) > share
+        return bool(self.starved) and len(host.busy) + len(host.idle) >= share
 
     def _tick(self) -> None:
         self._timer = None
@@ -570,8 +570,10 @@ class _Connection(asyncio.Protocol):
             post.resent = True
             self.host.forget_idle()
             self.host.submit(post)
+        elif self.error:
+            post.finish(Reply(0, b"", self.error))
         elif self.status and not self.delimited and exc is None:
-            post.finish(Reply(self.status, b"".join(self.parts), self.error, self.retry_after))
+            post.finish(Reply(self.status, b"".join(self.parts), "", self.retry_after))
         else:
             post.finish(Reply(0, b"", f"the connection broke before the reply was there: {exc}"))
 

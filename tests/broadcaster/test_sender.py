@@ -1,0 +1,881 @@
+"""The sender against subscribers that do whatever a socket can do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import socket
+import ssl
+import warnings
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lonelypsp.spool import Body, Spool
+from lonelypss.sender import (
+    MAX_REPLY,
+    Post,
+    Reply,
+    Sender,
+    UrlRefused,
+    parse_target,
+)
+
+from .harness import (
+    Answer,
+    Close,
+    Received,
+    Subscriber,
+    config,
+    free_port,
+    reply,
+    until,
+    within,
+)
+
+
+class Probe(Post):
+    """A post that keeps its reply."""
+
+    def __init__(self, url: str, body: Body | None = None, log: list[Any] | None = None) -> None:
+        super().__init__(parse_target(url), body)
+        self.heads = 0
+        self.replies: list[Reply] = []
+        self.done = asyncio.Event()
+        self.log = log
+
+    def head(self) -> bytes:
+        self.heads += 1
+        length = 0 if self.body is None else self.body.length
+        return b"Content-Length: %d\r\nX-Attempt: %d\r\n\r\n" % (length, self.heads)
+
+    def finish(self, reply: Reply) -> None:
+        self.replies.append(reply)
+        if self.log is not None:
+            self.log.append(self)
+        self.done.set()
+
+    async def reply(self) -> Reply:
+        async with within():
+            await self.done.wait()
+        assert len(self.replies) == 1
+        return self.replies[0]
+
+
+@contextlib.asynccontextmanager
+async def sending(**options: Any) -> AsyncIterator[Sender]:
+    """An open sender; afterwards nothing of it is left."""
+    sender = Sender(config(**options))
+    sender.open()
+    before = asyncio.all_tasks()
+    try:
+        yield sender
+    finally:
+        async with within():
+            await sender.close()
+        assert sender.connections == 0
+        assert not sender.idle
+        mine = [t for t in asyncio.all_tasks() - before if "sender" in repr(t.get_coro())]
+        assert not mine
+
+
+async def ask(sender: Sender, url: str, body: Body | None = None) -> Reply:
+    probe = Probe(url, body)
+    sender.post(probe)
+    assert not probe.replies, "never before post returns"
+    return await probe.reply()
+
+
+# Replies that arrive
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+GOOD = {
+    "length": reply(b"body"),
+    "chunked": CHUNKED + b"1\r\nb\r\n3;x=y\r\nody\r\n0\r\n\r\n",
+    "chunked with trailers": CHUNKED
+    + b"4\r\nbody\r\n0\r\nContent-Encoding: gzip\r\nRetry-After: 1\r\n\r\n",
+    "100 first": b"HTTP/1.1 100 Continue\r\n\r\n" + reply(b"body"),
+    "100 times 103": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Encoding: br\r\n\r\n" * 100
+    + reply(b"body"),
+    "identity": reply(b"body", 200, "Content-Encoding: identity"),
+    "lower case": b"HTTP/1.1 200 ok\r\ncontent-length: 4\r\n\r\nbody",
+    "no reason": b"HTTP/1.1 200 \r\nContent-Length: 4\r\n\r\nbody",
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+async def test_good_replies_keep_the_connection(name: str) -> None:
+    async with Subscriber(lambda _: GOOD[name]) as subscriber, sending() as sender:
+        for _ in range(3):
+            assert await ask(sender, subscriber.url) == Reply(200, b"body")
+        assert subscriber.connections == 1
+
+
+@pytest.mark.parametrize("name", GOOD)
+async def test_good_replies_byte_by_byte(name: str) -> None:
+    async def dribble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await reader.readuntil(b"\r\n\r\n")
+        for at in range(len(GOOD[name])):
+            writer.write(GOOD[name][at : at + 1])
+            await writer.drain()
+            await asyncio.sleep(0)
+        await reader.read()
+        writer.close()
+
+    async with bare(dribble) as url, sending() as sender:
+        assert await ask(sender, url) == Reply(200, b"body")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\nbody",
+        b"HTTP/1.0 200 OK\r\n\r\nbody",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nbody",
+        reply(b"body", 200, "Connection: close"),
+        b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nbody",
+        CHUNKED[:-2] + b"Connection: close\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
+    ],
+)
+async def test_replies_that_end_the_connection(data: bytes) -> None:
+    def close(_: Received) -> Answer:
+        raise Close(data)
+
+    async with Subscriber(close) as subscriber, sending() as sender:
+        for _ in range(2):
+            assert await ask(sender, subscriber.url) == Reply(200, b"body")
+        assert subscriber.connections == 2
+
+
+@pytest.mark.parametrize("status", [204, 301, 302, 303, 304, 307, 308, 401, 404, 410, 500, 599])
+async def test_statuses_are_passed_on_and_nothing_is_followed(status: int) -> None:
+    async with Subscriber() as other, sending() as sender:
+        data = reply(b"", status, f"Location: {other.url}", "Set-Cookie: a=b", "Retry-After: 7")
+        async with Subscriber(lambda _: data) as subscriber:
+            assert await ask(sender, subscriber.url) == Reply(status, b"", "", "7")
+            await ask(sender, subscriber.url)
+            assert "cookie" not in subscriber.requests[1].headers
+        assert not other.requests
+
+
+async def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Subscriber() as proxy, Subscriber(lambda _: reply()) as subscriber:
+        monkeypatch.setenv("HTTP_PROXY", proxy.base)
+        monkeypatch.setenv("http_proxy", proxy.base)
+        async with sending() as sender:
+            assert (await ask(sender, subscriber.url)).status == 200
+        assert not proxy.requests
+
+
+# Replies that do not
+
+
+BAD = {
+    "X15 reset before headers": Close(reset=True),
+    "X16 reset in the body": Close(reply(b"body")[:-2], reset=True),
+    "X17 end before headers": Close(),
+    "end in the headers": Close(b"HTTP/1.1 200 OK\r\nContent-"),
+    "end in the body": Close(reply(b"body")[:-1]),
+    "end in a chunk": Close(CHUNKED + b"4\r\nbo"),
+    "end before the last chunk": Close(CHUNKED + b"4\r\nbody\r\n"),
+    "X18 no HTTP": Close(b"SSH-2.0-OpenSSH_9.2\r\n" * 10),
+    "X19 HTTP/0.9": Close(b"body"),
+    "X20 only 103": Close(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100),
+    "X21 101": Close(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nbody"
+    ),
+    "X31 gzip": Close(reply(b"\x1f\x8b\x08", 200, "Content-Encoding: gzip")),
+    "X32 br": Close(reply(b"body", 200, "Content-Encoding: br")),
+    "X32 zstd, to the end": Close(b"HTTP/1.1 200 OK\r\nContent-Encoding: zstd\r\n\r\nbody"),
+    "X33 length 2^63": Close(b"HTTP/1.1 200 OK\r\nContent-Length: 9223372036854775808\r\n\r\nbody"),
+    "length 2^64": Close(b"HTTP/1.1 200 OK\r\nContent-Length: 18446744073709551616\r\n\r\nbody"),
+    "length -1": Close(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nbody"),
+    "X34 two lengths": Close(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nbody"
+    ),
+    "length and chunked": Close(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"4\r\nbody\r\n0\r\n\r\n"
+    ),
+    "bad chunk size": Close(CHUNKED + b"zz\r\nbody\r\n0\r\n\r\n"),
+    "X35 header of 1 MiB": Close(reply(b"body", 200, "X: " + "x" * 2**20)),
+    "X36 10,000 headers": Close(reply(b"body", 200, *["Set-Cookie: a=bbbbbbbbbbbbbbb"] * 10_000)),
+    "X11 1 MiB behind the reply": Close(reply(b"body") + b"x" * 2**20),
+    "X12 too long": Close(reply(b"x" * (MAX_REPLY + 1))),
+    "a second reply at once": Close(reply(b"body") * 2),
+    "garbage at once": Close(reply(b"body") + b"\r\n\r\ngarbage"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_replies_fail(name: str) -> None:
+    def close(_: Received) -> Answer:
+        raise BAD[name]
+
+    async with Subscriber(close) as subscriber, sending() as sender:
+        got = await ask(sender, subscriber.url)
+        assert (got.status, got.body) == (0, b"")
+        assert got.error
+        # and the next one is a new start
+        subscriber.handler = lambda _: reply(b"body")
+        assert await ask(sender, subscriber.url) == Reply(200, b"body")
+
+
+async def test_endless_reply_is_cut() -> None:
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+        writer.close()
+
+    async with bare(flood) as url, sending() as sender:
+        assert "larger than" in (await ask(sender, url)).error
+
+
+async def test_reply_that_nobody_asked_for_ends_the_connection() -> None:
+    second = asyncio.Event()
+
+    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(reply(b"first"))
+            await second.wait()
+            writer.write(reply(b"unasked"))
+            await reader.read()
+        writer.close()
+
+    async with bare(twice) as url, sending() as sender:
+        assert (await ask(sender, url)).body == b"first"
+        second.set()
+        await until(lambda: sender.connections == 0)
+
+
+async def test_early_reply_of_a_peer_that_stops_reading() -> None:
+    """It counts, and the connection is not kept, nor kept waiting for the rest to be read."""
+    answered = asyncio.Event()
+    leave = asyncio.Event()
+
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply(b"enough"))
+        answered.set()
+        await leave.wait()
+        writer.close()
+
+    body = Body.of(b"x" * 50_000_000)
+    async with bare(early) as url, sending() as sender:
+        assert await ask(sender, url, body) == Reply(200, b"enough")
+        await until(lambda: sender.connections == 0)
+        leave.set()
+
+
+# Reused connections
+
+
+async def test_stale_connection_one_resend_signed_afresh() -> None:
+    """The subscriber closes exactly when the connection is used again."""
+
+    def once(received: Received) -> Answer:
+        if sum(r.connection == received.connection for r in subscriber.requests) == 1:
+            return reply(b"body")
+        raise Close
+
+    async with Subscriber(once) as subscriber, sending() as sender:
+        await ask(sender, subscriber.url)
+        probe = Probe(subscriber.url)
+        sender.post(probe)
+        assert (await probe.reply()).body == b"body"
+        assert probe.heads == 2
+        assert [r.headers["x-attempt"] for r in subscriber.requests] == ["1", "1", "2"]
+        assert subscriber.connections == 2
+
+
+async def test_resend_happens_once() -> None:
+    def first_only(received: Received) -> Answer:
+        if len(subscriber.requests) == 1:
+            return reply(b"body")
+        raise Close
+
+    async with Subscriber(first_only) as subscriber, sending() as sender:
+        await ask(sender, subscriber.url)
+        probe = Probe(subscriber.url)
+        sender.post(probe)
+        assert (await probe.reply()).error
+        assert probe.heads == 2
+        assert len(subscriber.requests) == 3
+
+
+async def test_no_resend_once_a_reply_has_begun() -> None:
+    def half(received: Received) -> Answer:
+        if len(subscriber.requests) == 1:
+            return reply(b"body")
+        raise Close(b"HTTP/1.1 200")
+
+    async with Subscriber(half) as subscriber, sending() as sender:
+        await ask(sender, subscriber.url)
+        assert (await ask(sender, subscriber.url)).error
+        assert len(subscriber.requests) == 2
+
+
+async def test_large_body_is_resent_from_its_beginning(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20_000
+
+    def once(received: Received) -> Answer:
+        if len(subscriber.requests) == 2:
+            raise Close
+        return reply(str(len(received.body)).encode())
+
+    async with Subscriber(once) as subscriber, sending() as sender:
+        with Spool(len(data), memory_limit=0, directory=str(tmp_path)) as spool:
+            spool.write(data)
+            import hashlib
+
+            body = spool.finish(hashlib.sha512(data).digest())
+        try:
+            await ask(sender, subscriber.url)
+            assert (await ask(sender, subscriber.url, body)).body == b"%d" % len(data)
+            assert subscriber.requests[2].body == data
+        finally:
+            body.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 3_000_000])
+async def test_bodies_arrive_whole(size: int) -> None:
+    data = (b"0123456789abcdef" * (size // 16 + 1))[:size]
+    async with Subscriber(lambda _: reply()) as subscriber, sending() as sender:
+        assert (await ask(sender, subscriber.url, Body.of(data))).status == 200
+        assert subscriber.requests[0].body == data
+
+
+@pytest.mark.parametrize("closed_before", [True, False])
+async def test_body_that_is_closed_meanwhile_fails(tmp_path: Path, closed_before: bool) -> None:
+    """A notify that is cancelled takes its body along."""
+    reading = asyncio.Event()
+
+    async def reads_slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        reading.set()
+        await go_on.wait()
+        await reader.read()
+        writer.close()
+
+    go_on = asyncio.Event()
+    body = Body.of(b"x" * 50_000_000)
+    async with bare(reads_slowly) as url, sending() as sender:
+        probe = Probe(url, body)
+        if closed_before:
+            body.close()
+        sender.post(probe)
+        await reading.wait()
+        body.close()
+        go_on.set()
+        assert "cannot read the spooled message" in (await probe.reply()).error
+
+
+async def test_spool_that_shrank_fails(tmp_path: Path) -> None:
+    file = (tmp_path / "spool").open("w+b")
+    file.write(b"short")
+    file.flush()
+    body = Body(None, file, 1_000_000, b"")
+    async with Subscriber(lambda _: reply()) as subscriber, sending() as sender:
+        assert "ends after 5 bytes" in (await ask(sender, subscriber.url, body)).error
+    body.close()
+
+
+# Timeouts
+
+
+async def test_sock_connect() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        with contextlib.ExitStack() as fillers:
+            for _ in range(3):  # no room left: the next one gets no answer to its SYN
+                filler = fillers.enter_context(socket.socket())
+                filler.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    filler.connect(listener.getsockname())
+            async with sending(outgoing_http_timeout_sock_connect=0.2) as sender:
+                probes = [Probe(url) for _ in range(50)]
+                for probe in probes:
+                    sender.post(probe)
+                for probe in probes:  # all fail with the first attempt
+                    assert "outgoing_http_timeout_sock_connect" in (await probe.reply()).error
+
+
+async def test_sock_read_is_silence_not_duration() -> None:
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for byte in reply(b"body"):
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        await reader.read()
+        writer.close()
+
+    async with bare(slow) as url:
+        async with sending(outgoing_http_timeout_sock_read=0.5) as sender:
+            assert (await ask(sender, url)).body == b"body"
+        # X13, X14: a drip hits the total timeout
+        async with sending(outgoing_http_timeout_total=0.3) as sender:
+            assert "outgoing_http_timeout_total" in (await ask(sender, url)).error
+
+
+async def test_sock_read() -> None:
+    async with Subscriber(lambda _: None) as subscriber:
+        async with sending(outgoing_http_timeout_sock_read=0.2) as sender:
+            assert "outgoing_http_timeout_sock_read" in (await ask(sender, subscriber.url)).error
+            assert len(subscriber.requests) == 1  # not sent again
+
+
+@pytest.mark.parametrize("which", ["connect", "total"])
+async def test_waiting_for_a_connection(which: str) -> None:
+    option: dict[str, Any] = {f"outgoing_http_timeout_{which}": 0.3}
+    async with Subscriber(lambda _: None) as subscriber:
+        async with sending(
+            outgoing_connections_per_host=1, outgoing_http_timeout_sock_read=None, **option
+        ) as sender:
+            first, second = Probe(subscriber.url), Probe(subscriber.url)
+            sender.post(first)
+            await subscriber.got(1)
+            sender.post(second)
+            got = (await second.reply()).error
+            assert "no free connection" in got
+            assert f"outgoing_http_timeout_{which}" in got
+
+
+async def test_large_message_in_the_queue_hides_no_expired_small_one() -> None:
+    async with Subscriber(lambda _: None) as subscriber:
+        async with sending(
+            outgoing_connections_per_host=1,
+            outgoing_http_timeout_sock_read=None,
+            outgoing_http_timeout_total=0.3,
+            outgoing_http_min_rate=1000,
+        ) as sender:
+            holder = Probe(subscriber.url, Body.of(b"x" * 100_000))
+            sender.post(holder)
+            await subscriber.got(1)
+            large, small = Probe(subscriber.url, Body.of(b"x" * 100_000)), Probe(subscriber.url)
+            sender.post(large)
+            sender.post(small)
+            assert "outgoing_http_timeout_total" in (await small.reply()).error
+            assert not large.replies
+
+
+# Bounds
+
+
+async def test_per_host_limit() -> None:
+    go_on = asyncio.Event()
+
+    async def wait(_: Received) -> bytes:
+        await go_on.wait()
+        return reply()
+
+    async with Subscriber(wait) as subscriber:
+        async with sending(outgoing_connections_per_host=4) as sender:
+            probes = [Probe(subscriber.url) for _ in range(50)]
+            for probe in probes:
+                sender.post(probe)
+            await subscriber.got(4)
+            assert sender.connections == 4
+            go_on.set()
+            for probe in probes:
+                assert (await probe.reply()).status == 200
+            assert subscriber.most_open == 4
+            assert subscriber.connections == 4
+
+
+async def test_queue_overflow_fails_at_once() -> None:
+    async with Subscriber(lambda _: None) as subscriber:
+        async with sending(outgoing_connections_per_host=1, outgoing_queue_per_host=2) as sender:
+            probes = [Probe(subscriber.url) for _ in range(3)]
+            sender.post(probes[0])
+            await subscriber.got(1)
+            for probe in probes[1:]:
+                sender.post(probe)
+            late = Probe(subscriber.url)
+            sender.post(late)
+            assert not late.replies
+            assert "outgoing_queue_per_host" in (await late.reply()).error
+            assert not any(p.replies for p in probes)
+        for probe in probes:
+            assert "stopping" in (await probe.reply()).error
+
+
+async def test_dead_host_fails_its_queue_at_once() -> None:
+    url = f"http://127.0.0.1:{free_port()}/"
+    async with sending() as sender:
+        probes = [Probe(url) for _ in range(1000)]
+        for probe in probes:
+            sender.post(probe)
+        assert sender.connections == 1
+        for probe in probes:
+            assert "cannot connect" in (await probe.reply()).error
+
+
+async def test_host_that_closes_at_once_does_not_make_a_busy_loop() -> None:
+    accepted = 0
+
+    async def slam(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        writer.transport.abort()
+
+    async with bare(slam) as url, sending() as sender:
+        probes = [Probe(url) for _ in range(20)]
+        for probe in probes:
+            sender.post(probe)
+        for probe in probes:
+            assert (await probe.reply()).error
+        assert accepted <= 40
+
+
+async def test_slow_host_delays_no_other() -> None:
+    log: list[Any] = []
+    async with Subscriber(lambda _: None) as hanging, Subscriber(lambda _: reply()) as quick:
+        async with sending(outgoing_http_timeout_sock_read=0.5) as sender:
+            slow = [Probe(hanging.url, log=log) for _ in range(50)]
+            fast = [Probe(quick.url, log=log) for _ in range(50)]
+            for one, other in zip(slow, fast, strict=True):
+                sender.post(one)
+                sender.post(other)
+            for probe in slow:
+                await probe.reply()
+            assert set(log[:50]) == set(fast)
+
+
+async def test_global_limit_serves_everybody_in_the_end() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        subscribers = [
+            await stack.enter_async_context(Subscriber(lambda _: reply())) for _ in range(10)
+        ]
+        sender = await stack.enter_async_context(sending(outgoing_connections=3))
+        probes = [Probe(s.url) for _ in range(20) for s in subscribers]
+        for probe in probes:
+            sender.post(probe)
+        for probe in probes:
+            assert (await probe.reply()).status == 200
+        assert sender.connections <= 3
+
+
+async def test_deep_backlog_of_one_host_starves_no_other() -> None:
+    log: list[Any] = []
+    async with Subscriber(lambda _: reply()) as greedy, Subscriber(lambda _: reply()) as modest:
+        async with sending(outgoing_connections=2) as sender:
+            many = [Probe(greedy.url, log=log) for _ in range(2000)]
+            for probe in many:
+                sender.post(probe)
+            await greedy.got(10)
+            one = Probe(modest.url, log=log)
+            sender.post(one)
+            for probe in [one, *many]:
+                assert (await probe.reply()).status == 200
+            assert log.index(one) < 1000
+
+
+async def test_place_passes_hosts_that_have_lost_interest() -> None:
+    """The first in line has given up; the one behind it must be served."""
+    go_on = asyncio.Event()
+
+    async def wait(_: Received) -> bytes:
+        await go_on.wait()
+        return reply()
+
+    async with (
+        Subscriber(wait) as holder,
+        Subscriber(lambda _: reply()) as first,
+        Subscriber(lambda _: reply()) as second,
+    ):
+        async with sending(outgoing_connections=1, outgoing_http_min_rate=1000) as sender:
+            held = Probe(holder.url)
+            sender.post(held)
+            await holder.got(1)
+            gives_up, patient = Probe(first.url), Probe(second.url)
+            sender.post(gives_up)
+            gives_up.deadline = 0.0
+            next(iter(sender.starved)).expires = 0.0
+            next(iter(sender.starved)).waiting[0].expires = 0.0
+            sender.post(patient)
+            assert (await gives_up.reply()).error
+            go_on.set()
+            assert (await held.reply()).status == 200
+            assert (await patient.reply()).status == 200
+
+
+async def test_longest_idle_connection_makes_room() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        subscribers = [
+            await stack.enter_async_context(Subscriber(lambda _: reply())) for _ in range(3)
+        ]
+        a, b, c = (s.url for s in subscribers)
+        sender = await stack.enter_async_context(sending(outgoing_connections=2))
+        for url in (a, b, a, c):  # b idles longest
+            await ask(sender, url)
+        await until(lambda: subscribers[1].open == 0)
+        assert [s.open for s in subscribers] == [1, 0, 1]
+
+
+# Failing authenticators
+
+
+async def test_post_that_cannot_be_signed_fails_alone() -> None:
+    class Unsigned(Probe):
+        def head(self) -> bytes:
+            raise RuntimeError("no key")
+
+    async with Subscriber(lambda _: reply()) as subscriber:
+        async with sending(outgoing_connections_per_host=1) as sender:
+            probes = [Probe(subscriber.url), Unsigned(subscriber.url), Probe(subscriber.url)]
+            for probe in probes:
+                sender.post(probe)
+            replies = [await probe.reply() for probe in probes]
+            assert [r.status for r in replies] == [200, 0, 200]
+            assert "no key" in replies[1].error
+
+
+# Life and death
+
+
+async def test_close_fails_what_is_under_way_and_open_begins_again() -> None:
+    async with Subscriber(lambda _: None) as hanging:
+        sender = Sender(config(outgoing_connections_per_host=2))
+        for _ in range(2):
+            sender.open()
+            probes = [Probe(hanging.url) for _ in range(5)]
+            for probe in probes:
+                sender.post(probe)
+            await until(lambda: hanging.open == 2)
+            async with within():
+                await sender.close()
+            for probe in probes:
+                assert "stopping" in (await probe.reply()).error
+            assert sender.connections == 0
+            await until(lambda: hanging.open == 0)
+        late = Probe(hanging.url)
+        sender.post(late)
+        assert "stopping" in (await late.reply()).error
+
+
+async def test_timeouts_work_after_open_again() -> None:
+    async with Subscriber(lambda _: None) as hanging:
+        sender = Sender(config(outgoing_http_timeout_sock_read=0.2))
+        for _ in range(2):
+            sender.open()
+            assert "sock_read" in (await ask(sender, hanging.url)).error
+            await sender.close()
+
+
+async def test_close_during_connect_and_before_it_began() -> None:
+    async with Subscriber(lambda _: reply()) as subscriber:
+        for turns in range(6):
+            async with sending() as sender:
+                probe = Probe(subscriber.url)
+                sender.post(probe)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            assert len(probe.replies) == 1
+
+
+async def test_nothing_leaks() -> None:
+    """After a mix of good and bad endings, no connection, task or warning is left."""
+    endings: list[Answer | Close] = [
+        reply(b"x"), Close(b""), Close(reply(b"x")), Close(reset=True), Close(b"junk"),
+    ]  # fmt: skip
+
+    def mixed(_: Received) -> Answer:
+        ending = endings[len(subscriber.requests) % len(endings)]
+        if isinstance(ending, Close):
+            raise Close(ending.data, reset=ending.reset)
+        return ending
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        async with Subscriber(mixed) as subscriber:
+            async with sending(outgoing_connections=5, outgoing_connections_per_host=3) as sender:
+                probes = [Probe(subscriber.url) for _ in range(300)]
+                for probe in probes:
+                    sender.post(probe)
+                for probe in probes:
+                    await probe.reply()
+                await until(lambda: sender.connections == len(sender.idle))
+                assert sender.connections <= 3
+        gc.collect()
+
+
+# TLS
+
+
+@pytest.fixture
+def authority() -> Any:
+    return pytest.importorskip("trustme").CA()
+
+
+def server_context(certificate: Any) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate.configure_cert(context)
+    return context
+
+
+async def test_tls(authority: Any) -> None:
+    context = server_context(authority.issue_cert("localhost"))
+    async with Subscriber(lambda _: reply(b"body"), secure=context) as subscriber:
+        async with sending() as sender:
+            authority.configure_trust(sender.ssl)
+            for _ in range(3):
+                assert await ask(sender, subscriber.url) == Reply(200, b"body")
+            assert (await ask(sender, subscriber.url, Body.of(b"x" * 3_000_000))).status == 200
+            assert subscriber.connections == 1
+
+
+@pytest.mark.parametrize("kind", ["unknown issuer", "wrong name", "expired", "plain"])
+async def test_tls_that_is_not_to_be_trusted(authority: Any, kind: str) -> None:
+    import datetime
+
+    past = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
+    certificate = {
+        "unknown issuer": lambda: type(authority)().issue_cert("localhost"),
+        "wrong name": lambda: authority.issue_cert("example.org"),
+        "expired": lambda: authority.issue_cert("localhost", not_after=past),
+        "plain": lambda: None,
+    }[kind]()
+    context = server_context(certificate) if certificate else None
+    async with Subscriber(lambda _: reply(), secure=context) as subscriber:
+        async with sending(outgoing_http_timeout_sock_connect=0.5) as sender:
+            authority.configure_trust(sender.ssl)
+            url = subscriber.url.replace("http://", "https://")
+            assert "connect" in (await ask(sender, url)).error
+            assert not subscriber.requests
+
+
+async def test_tls_handshake_that_stalls() -> None:
+    async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with bare(stall) as url, sending(outgoing_http_timeout_sock_connect=0.2) as sender:
+        got = await ask(sender, url.replace("http://", "https://"))
+        assert "outgoing_http_timeout_sock_connect" in got.error
+
+
+# Urls
+
+
+def test_target_of_a_url() -> None:
+    target = parse_target(
+        "HTTP://".lower() + "Example.COM:8080/a b".replace(" ", "%20") + "?x=y#é/1"
+    )
+    assert target.origin == ("http", "example.com", 8080)
+    assert target.head.split(b"\r\n")[:2] == [
+        b"POST /a%20b?x=y HTTP/1.1",
+        b"Host: example.com:8080",
+    ]
+    assert b"\r\nX-Subscription-Fragment: %C3%A9%2F1\r\n" in target.head
+
+
+@pytest.mark.parametrize(
+    ("url", "origin", "path", "host"),
+    [
+        ("http://h", ("http", "h", 80), "/", "h"),
+        ("http://h/", ("http", "h", 80), "/", "h"),
+        ("http://h:80/", ("http", "h", 80), "/", "h"),
+        ("https://h:443/", ("https", "h", 443), "/", "h"),
+        ("https://h:80/", ("https", "h", 80), "/", "h:80"),
+        ("https://h?q", ("https", "h", 443), "/?q", "h"),
+        ("http://127.0.0.1:3002/v1", ("http", "127.0.0.1", 3002), "/v1", "127.0.0.1:3002"),
+        ("http://[::1]:3002/", ("http", "[::1]", 3002), "/", "[::1]:3002"),
+        ("http://h/é?ü=ö", ("http", "h", 80), "/%C3%A9?%C3%BC=%C3%B6", "h"),
+        ("http://h/a%2fb%", ("http", "h", 80), "/a%2fb%", "h"),
+        ("http://h/a//b/../c", ("http", "h", 80), "/a//b/../c", "h"),
+        ("http://h/'\"<>{}", ("http", "h", 80), "/'%22%3C%3E%7B%7D", "h"),
+        (
+            "http://my_host-1.example/x",
+            ("http", "my_host-1.example", 80),
+            "/x",
+            "my_host-1.example",
+        ),
+        ("http://h/\u2028\x85", ("http", "h", 80), "/%E2%80%A8%C2%85", "h"),
+        ("http://h/@:x@y", ("http", "h", 80), "/@:x@y", "h"),
+        ("http://h/#", ("http", "h", 80), "/", "h"),
+    ],
+)
+def test_urls(url: str, origin: Any, path: str, host: str) -> None:
+    target = parse_target(url)
+    assert target.origin == origin
+    assert target.head.startswith(f"POST {path} HTTP/1.1\r\nHost: {host}\r\n".encode())
+    assert (b"X-Subscription-Fragment" in target.head) == ("#" in url)
+
+
+REFUSED_URLS = [
+    # no url of ours
+    "", "/x", "x", "not a url", "//h/", "http:", "http:/h", "http:///", "http://", "http://#x",
+    "http://?x", "file:///etc/passwd", "ftp://h/", "gopher://h/", "unix:/run/x", "ws://h/",
+    "http+unix://%2frun%2fx/", "data:,x", "javascript:x", "HTTP://h/", " http://h/", "http://h/ ",
+    # the host is not a name or an address in its plain spelling
+    "http://2130706433/", "http://0x7f000001/", "http://0177.0.0.1/", "http://127.1/", "http://0/",
+    "http://0x7f.1/", "http://017700000001/", "http://①②⑦.0.0.1/", "http://127。0。0。1/",
+    "http://ⓛocalhost/", "http://1.2.3.4.5/", "http://256.1.1.1/", "http://1.2.3.4./", "http://h./",
+    "http://.h/", "http://a..b/", "http://-h/", "http://h-/", f"http://{'a' * 64}/",
+    f"http://{'a.' * 127}a/", "http://é.example/", "http://a%2eb/", "http://[::1/", "http://::1/",
+    "http://[]/", "http://[::1%25lo]/", "http://[v1.x]/", "http://[::g]/", "http://[1.2.3.4]/",
+    "http://0x/", "http://1.0x1/", "http://a b/", "http://h,i/", "http://h;i/", "http://*/",
+    # ports
+    "http://h:/", "http://h:0/", "http://h:65536/", "http://h:99999/", "http://h:abc/",
+    "http://h:-1/", "http://h:8 0/", "http://h:123456/", "http://h:+80/", "http://h:٣/",
+    "http://h:80:80/",
+    # user names, and what looks like them
+    "http://u@h/", "http://u:p@h/", "http://@h/", "http://:@h/", "http://h:80@i/", "http://a@b@h/",
+    # what would end a line, or be read differently by somebody else
+    "http://h/\r\nX: y", "http://h/\n", "http://h/\t", "http://h/\0", "http://h/\x7f", "http://h\\i/",
+    "http://h/\\i", "http://h/#\r\nX: y", "http://h/?a b", "http://h /", "http://h\n/",
+    "http://h/#a b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", REFUSED_URLS)
+def test_refused_urls(url: str) -> None:
+    with pytest.raises(UrlRefused):
+        parse_target(url)
+
+
+def test_long_urls_are_not_remembered() -> None:
+    long = "http://h/" + "x" * 60_000
+    assert parse_target(long) is not parse_target(long)
+    assert parse_target("http://h/short") is parse_target("http://h/short")
+
+
+@contextlib.asynccontextmanager
+async def bare(serve: Any) -> AsyncIterator[str]:
+    """A server of one function over streams; yields its url."""
+    tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                await serve(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await writer.wait_closed()
+
+    server = await asyncio.start_server(run, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/receive"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()
