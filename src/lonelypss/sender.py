@@ -213,10 +213,11 @@ class Sender:
             del self.starved[host]
             host.advance()  # it may have lost interest
 
-    def wants_back(self, host: _Host) -> bool:
-        """Whether the connection that `host` has free is above its share, and others have none."""
+    def may_keep(self, connection: _Connection) -> bool:
+        """Whether a free connection is within its host's share, or was not made use of yet."""
+        host = connection.host
         share = self.config.outgoing_connections // max(1, len(self._hosts))
-        return bool(self.starved) and len(host.busy) + len(host.idle) >= share
+        return not connection.used or len(host.busy) + len(host.idle) < share
 
     def _tick(self) -> None:
         self._timer = None
@@ -345,7 +346,7 @@ class _Host:
         """Gives the connection, which is in neither set, its next work."""
         if self.sender.closed or connection.is_closing:
             connection.discard()
-        elif self.sender.starved and (not self.waiting or self.sender.wants_back(self)):
+        elif self.sender.starved and not (self.waiting and self.sender.may_keep(connection)):
             connection.discard()  # its place is worth more elsewhere
         elif self.waiting:
             connection.start(self.waiting.popleft())
