@@ -42,6 +42,7 @@ _OCTETS = b"application/octet-stream"
 _RETRY_SOON = (b"retry-after", b"1")
 _CLOSE = (b"connection", b"close")
 _DISK_PIECE = 512 * 1024
+_STALL = 60.0  # seconds without a byte of the body
 _MAX_MISSED = 2 * (2 + 65_535)
 _UNKNOWN_TOPIC = 410
 _AUTH_TEXT = {
@@ -300,14 +301,18 @@ def _decode_digest(value: bytes) -> bytes:
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise _Disconnected
+    event = await receive()  # most requests are whole by now: no timer for these
+    while event["type"] != "http.disconnect":
         if chunk := event.get("body", b""):
             yield chunk
         if not event.get("more_body", False):
             return
+        try:
+            async with asyncio.timeout(_STALL):
+                event = await receive()
+        except TimeoutError:
+            raise _Refused(408, b"the body does not arrive", _CLOSE) from None
+    raise _Disconnected
 
 
 async def _head(cls: type[ReceiveHead], chunks: AsyncIterator[bytes]) -> tuple[ReceiveHead, bytes]:

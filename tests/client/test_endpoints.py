@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from client.fakes import KINDS, Broadcaster, broadcaster, config, until, urls
+from lonelypsc import endpoints
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.listener import Listener
 from lonelypsp.bodies import ResponseConfirmMissed
@@ -395,3 +396,28 @@ async def test_sender_that_goes_away_leaves_nothing() -> None:
         writer.close()
         await writer.wait_closed()
         assert await fake.deliver(url, b"t", b"data") == 1
+
+
+async def test_sender_that_stalls_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "_STALL", 0.02)
+    async with subscribed("none") as (_fake, _messages, url):
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"POST /v1/receive HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            b"Repr-Digest: sha-512=" + GOOD + b"\r\n\r\n\0\0"
+        )
+        async with asyncio.timeout(5):
+            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_what_was_just_dropped_is_checked_when_it_is_wanted_again() -> None:
+    async with broadcaster() as fake:
+        async with HttpPubSubClient(config(fake)) as client:
+            url = urls(client)[0]
+            await fake.deliver(url, b"t", b"late")
+            async with client.subscribe_exact(b"t"):
+                fake.rows[url].clear()  # the broadcaster acts on the answer only now
+                await until(lambda: fake.topics() == {b"t"})
