@@ -10,11 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from os import urandom
 from typing import Any, Protocol
 
 from lonelypsp.errors import AuthResult, LocalProtocolError
@@ -260,7 +261,7 @@ class Hmac:
 
     def authorize(self, operation: str, fields: Fields, now: float) -> str | None:
         timestamp = int(now)
-        nonce = base64.urlsafe_b64encode(urandom(6)).decode("ascii")
+        nonce = _nonces()
         message = to_sign(operation, fields, timestamp, nonce)
         return f"X-HMAC {timestamp}:{nonce}:{_code(self._secrets[0], message)}"
 
@@ -291,6 +292,23 @@ class Hmac:
     def __repr__(self) -> str:
         return f"Hmac(<{len(self._secrets)} keys>)"
 
+
+class _Nonces:
+    """Texts that never repeat: random per process, then counted. They need not be secret."""
+
+    def __init__(self) -> None:
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)
+
+    def reset(self) -> None:
+        self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode("ascii")
+        self._numbers = itertools.count()
+
+    def __call__(self) -> str:
+        return f"{self._prefix}{next(self._numbers):x}"
+
+
+_nonces = _Nonces()
 
 _VERDICTS = {
     Verdict.NEW: AuthResult.OK,
