@@ -195,10 +195,10 @@ class Routes:
     async def set_subscriptions(self, scope: Scope, receive: Receive) -> bytes:
         body = await self._whole_body(receive)
         head = read(SetSubscriptionsHead, Reader(body))
-        signed = {"etag_format": head.etag_format, "etag": head.etag}
-        self._check(scope, head.tracing, {"url": head.url, **signed})
         if head.etag_format != ETAG_FORMAT:
             raise RemoteProtocolError(f"etag format {head.etag_format} is not {ETAG_FORMAT}")
+        signed = {"etag_format": head.etag_format, "etag": head.etag}
+        self._check(scope, head.tracing, {"url": head.url, **signed})
         if len(body) < LONG_LIST:
             request = _checked_list(body)
         else:
