@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
+import weakref
 from collections import deque
 from enum import Enum
 from typing import Protocol
@@ -108,6 +109,8 @@ class SqliteReplayGuard:
         self._db = sqlite3.connect(
             path, timeout=_OPEN_TIMEOUT, isolation_level=None, check_same_thread=False
         )
+        # nobody owns a guard that sits in a configuration, so nobody may close it
+        weakref.finalize(self, self._db.close)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
         except sqlite3.OperationalError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lonelypsc.config.http_config import (
 )
 from lonelypsp import secretsfile
 from lonelypsp.auth.config import AuthConfigFromParts as OlderAuthConfigFromParts
+from lonelypsp.errors import AuthResult
 from lonelypsp.signing import Hmac, Nothing, Token
 
 INCOMING, OUTGOING = Nothing(), Token("t")
@@ -213,3 +215,21 @@ async def test_older_tracing_objects() -> None:
         make_http_pub_sub_config(
             **BASE, tracing=SimpleTracingSubscriberRoot(db=db, config=settings).stateless
         )
+
+
+def test_what_was_accepted_before_a_restart_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "secrets.json"
+    file.write_text(secretsfile.dump(secretsfile.generate("hmac"), secretsfile.generate("hmac")))
+    now = time.time()
+    fields = {"tracing": b"", "recovery": "http://h/", "topic": b"t"}
+
+    def accepts(value: str | None, **guard: Path) -> bool:
+        incoming, _ = get_auth_config_from_file(file, **guard)
+        return incoming.check("MISSED", fields, value, now) is AuthResult.OK
+
+    signer, _ = get_auth_config_from_file(file)
+    assert accepts(signer.authorize("MISSED", fields, now))
+    assert not accepts(signer.authorize("MISSED", fields, now - 1.5))
+    lagging = signer.authorize("MISSED", fields, now - 60)
+    assert accepts(lagging, replay_path=tmp_path / "replay")
+    assert not accepts(lagging, replay_path=tmp_path / "replay")

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from lonelypsp import secretsfile
 from lonelypsp.errors import LocalProtocolError
-from lonelypsp.replay import ReplayGuard
+from lonelypsp.replay import Remembers, ReplayGuard, SqliteReplayGuard
 from lonelypsp.signing import Authenticator
 
-# A broadcaster's clock may be this many seconds behind ours at our start. What it signed earlier
-# may have been accepted by the program that ran before this one, and is refused.
-_START_SLACK = 2.0
 
-
-def get_auth_config_from_file(path: str | os.PathLike[str]) -> tuple[Authenticator, Authenticator]:
+def get_auth_config_from_file(
+    path: str | os.PathLike[str], *, replay_path: str | os.PathLike[str] | None = None
+) -> tuple[Authenticator, Authenticator]:
     """Reads a secrets file.
 
     Args:
         path: e.g. "subscriber-secrets.json".
+        replay_path: a file in which hmac remembers what it accepted. Without one it remembers in
+            memory, and refuses whatever was signed before this call, because a program that ran
+            before this one may have accepted it: the clocks of both sides should then agree.
 
     Returns:
         (incoming, outgoing), in the order `AuthConfigFromParts` takes them.
@@ -29,7 +30,11 @@ def get_auth_config_from_file(path: str | os.PathLike[str]) -> tuple[Authenticat
         OSError: the file cannot be read.
         ValueError: it is not a secrets file; the message names it, and never holds a secret.
     """
-    replay = ReplayGuard(started=time.time() - _START_SLACK)
+    replay: Remembers = (
+        ReplayGuard(started=time.time())
+        if replay_path is None
+        else SqliteReplayGuard(os.fspath(replay_path))
+    )
     try:
         config = secretsfile.load(Path(path).read_text(encoding="utf-8"), replay)
     except (LocalProtocolError, UnicodeDecodeError) as e:
