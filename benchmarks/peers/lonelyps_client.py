@@ -1,0 +1,193 @@
+"""A publisher or subscriber with the public Python API that our client and the older one share.
+
+    lonelyps_client.py publisher|subscriber ours|reference BROADCASTER PORT [SECRETS FILE]
+
+Commands of a publisher: `load`, `send_file`; of a subscriber: `subscribe`, `received`, `digest`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import roles
+
+from lonelypsc.config.http_config import make_http_pub_sub_config
+from lonelypsc.http_client import HttpPubSubClient
+
+PIECE = 256 * 1024
+
+
+def ours(common: dict[str, Any], secrets: Path | None) -> Any:
+    from lonelypsc.config.auth_config import AuthConfigFromParts
+    from lonelypsc.config.file_config import get_auth_config_from_file
+    from lonelypsp.signing import Nothing
+
+    incoming, outgoing = get_auth_config_from_file(secrets) if secrets else (Nothing(), Nothing())
+    return make_http_pub_sub_config(**common, auth=AuthConfigFromParts(incoming, outgoing))
+
+
+def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any:
+    from lonelypsp.auth.helpers.none_auth_config import (  # type: ignore[import-not-found]
+        ToBroadcasterNoneAuth,
+        ToSubscriberNoneAuth,
+    )
+
+    from lonelypsc.config.file_config import get_auth_config_from_file
+    from lonelypsp.auth.config import AuthConfigFromParts
+
+    incoming, outgoing = (
+        get_auth_config_from_file(str(secrets))
+        if secrets
+        else (ToSubscriberNoneAuth(), ToBroadcasterNoneAuth())
+    )
+    auth = AuthConfigFromParts(to_broadcaster=outgoing, to_subscriber=incoming)
+    return make_http_pub_sub_config(
+        **common,
+        outgoing_retries_per_broadcaster=2,
+        message_body_spool_size=10 * 1024 * 1024,
+        outgoing_http_timeout_total=30,
+        outgoing_http_timeout_connect=None,
+        outgoing_http_timeout_sock_read=None,
+        outgoing_http_timeout_sock_connect=5,
+        outgoing_retry_ambiguous=True,
+        auth=auth,
+        tracing=tracing,
+    )
+
+
+async def no_listener(router: Any) -> None:
+    """For a client that only notifies."""
+
+
+@contextlib.asynccontextmanager
+async def entered(
+    role: str, implementation: str, broadcaster: str, port: int, secrets: Path | None
+) -> AsyncIterator[Any]:
+    listener = {"type": "uvicorn", "host": "127.0.0.1", "port": port}
+    common = {
+        "bind": listener if role == "subscriber" else {"type": "manual", "callback": no_listener},
+        "host": f"http://127.0.0.1:{port}",
+        "broadcasters": [{"host": broadcaster}],
+    }
+    if implementation == "ours":
+        async with HttpPubSubClient(ours(common, secrets)) as client:
+            yield client
+        return
+    from lonelypsp.tracing.impl.simple.config import SimpleTracingConfig
+    from lonelypsp.tracing.impl.simple.db import SimpleTracingDBSidecar
+    from lonelypsp.tracing.impl.simple.root import SimpleTracingSubscriberRoot
+
+    tracing = SimpleTracingConfig()
+    async with SimpleTracingDBSidecar(tracing, ":memory:") as sidecar:
+        root = SimpleTracingSubscriberRoot(db=sidecar, config=tracing)
+        async with HttpPubSubClient(reference(common, secrets, root.stateless)) as client:
+            if role == "subscriber":
+                await until_listening(port)
+            yield client
+
+
+async def until_listening(port: int) -> None:
+    """The older client starts its server without waiting for it."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.01)
+            else:
+                writer.close()
+                return
+
+
+class Publisher:
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.handlers: dict[str, roles.Handler] = {"load": self.load, "send_file": self.send_file}
+
+    async def load(self, topic: str, mode: str, **bounds: Any) -> dict[str, Any]:
+        name = topic.encode()
+
+        async def send() -> int:
+            result = await self._client.notify(topic=name, data=roles.BODY, trace_initializer=None)
+            notified: int = result.notified
+            return notified
+
+        return await roles.load(send, **bounds)
+
+    async def send_file(self, topic: str, path: str) -> dict[str, Any]:
+        with open(path, "rb") as file:
+            started = time.monotonic()
+            result = await self._client.notify(
+                topic=topic.encode(), sync_file=file, trace_initializer=None
+            )
+            ended = time.monotonic()
+        return {"notified": result.notified, "started": started, "ended": ended}
+
+
+class Subscriber:
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._received = roles.Received()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.handlers: dict[str, roles.Handler] = {
+            "subscribe": self.subscribe,
+            "received": self._received.wait,
+            "digest": self.digest,
+        }
+
+    async def subscribe(self, topic: str) -> dict[str, Any]:
+        subscribed = asyncio.Event()
+        self._tasks.append(asyncio.create_task(self._iterate(topic.encode(), subscribed)))
+        await subscribed.wait()
+        return {}
+
+    async def _iterate(self, topic: bytes, subscribed: asyncio.Event) -> None:
+        async with self._client.subscribe_exact(topic) as subscription:
+            messages = await subscription.messages()
+            subscribed.set()
+            async for message in messages:
+                message.data.read()
+                self._received.add()
+
+    async def digest(self, topic: str) -> dict[str, Any]:
+        """Waits for one message, and hashes it piece by piece as a program would that has to read a
+        message larger than its memory."""
+        async with self._client.subscribe_exact(topic.encode()) as subscription:
+            messages = await subscription.messages()
+            print('{"subscribed": true}', flush=True)
+            message = await anext(messages)
+            arrived = time.monotonic()
+            digest = await asyncio.to_thread(hash_pieces, message.data)
+            return {
+                "sha512": digest,
+                "announced": message.sha512.hex(),
+                "arrived": arrived,
+                "read": time.monotonic(),
+            }
+
+
+def hash_pieces(file: Any) -> str:
+    digest = hashlib.sha512()
+    while piece := file.read(PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+async def main(
+    role: str, implementation: str, broadcaster: str, port: str, secrets: str | None = None
+) -> None:
+    path = Path(secrets) if secrets else None
+    async with entered(role, implementation, broadcaster, int(port), path) as client:
+        peer = Publisher(client) if role == "publisher" else Subscriber(client)
+        await roles.serve(int(port), peer.handlers)
+
+
+if __name__ == "__main__":
+    roles.run(main(*sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""Notify rates of lonelyps, its older implementation, Redis and NATS, measured in one run.
+
+    .venv/bin/python benchmarks/run.py [--quick] [--only NAME ...] [--rounds N]
+
+README.md in this folder says what is measured and how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import report
+from contestants import CROWD, Contestant, Trial, Workload, contestants
+from environments import UnavailableError
+from processes import ChildError
+
+WORKLOADS = (
+    Workload("one", "Notify one at a time", "one", 1, 1, 20_000, 3.0),
+    Workload("many", "Notify with 32 in flight", "one", 32, 1, 20_000, 3.0),
+    Workload("fan", "One message at a time to 1,000 subscribers", "fan", 1, CROWD, 500, 3.0),
+)
+QUICK_SECONDS = 0.7
+WARM_UP_SECONDS = 0.5
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="two short rounds; writes nothing")
+    parser.add_argument("--rounds", type=int, help="default 7, with --quick 2")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a workload (one, many, fan) or a part of a row's name, e.g. redis; may be repeated."
+        " Writes nothing unless --output is given",
+    )
+    parser.add_argument("--output", type=Path, help="folder for http.md and http.json")
+    return parser.parse_args()
+
+
+def choose(only: list[str]) -> tuple[list[Workload], list[Contestant]]:
+    keys = [work.key for work in WORKLOADS]
+    names = [name.lower() for name in only if name not in keys]
+    chosen = [work for work in WORKLOADS if work.key in only] or list(WORKLOADS)
+    rows = [r for r in contestants() if not names or any(n in r.name.lower() for n in names)]
+    if not rows:
+        everything = "; ".join(row.name for row in contestants())
+        sys.exit(f"--only: nothing is called that; there are {', '.join(keys)}; {everything}")
+    return chosen, rows
+
+
+async def start_all(
+    rows: list[Contestant], directory: Path, stack: AsyncExitStack
+) -> tuple[list[Contestant], list[str]]:
+    """Those that run, and why the others do not."""
+    running, missing = [], []
+    for row in rows:
+        say(f"starting {row.name}")
+        try:
+            await row.start(directory, stack)
+        except (UnavailableError, ChildError, OSError) as e:
+            say(f"{row.name} does not take part: {e}")
+            missing.append(f"{row.name}: {str(e).splitlines()[0]}")
+        else:
+            running.append(row)
+    return running, missing
+
+
+async def measure(
+    workloads: list[Workload], rows: list[Contestant], rounds: int, quick: bool
+) -> dict[str, dict[str, list[Trial]]]:
+    trials: dict[str, dict[str, list[Trial]]] = {
+        work.key: {row.name: [] for row in rows if work.key in row.workloads} for work in workloads
+    }
+    for number in range(rounds + 1):  # round 0 warms up and is not counted
+        # back and forth, so that nobody always runs in the wake of the same other
+        order = rows if number % 2 else rows[::-1]
+        for work in workloads:
+            for row in order:
+                if work.key not in row.workloads:
+                    continue
+                seconds = QUICK_SECONDS if quick else work.seconds
+                seconds = WARM_UP_SECONDS if number == 0 else seconds
+                trial = await row.trial(work, count=work.count, seconds=seconds)
+                say(f"round {number}/{rounds} {work.key:4} {row.name:28} {trial.rate:10,.0f}/s")
+                if number:
+                    trials[work.key][row.name].append(trial)
+    return trials
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+async def main() -> None:
+    arguments = parse_arguments()
+    workloads, rows = choose(arguments.only)
+    rounds = arguments.rounds or (2 if arguments.quick else 7)
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+    about = report.machine()
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        rows, missing = await start_all(rows, directory, stack)
+        trials = await measure(workloads, rows, rounds, arguments.quick)
+
+    versions = report.all_packages()
+    results = report.summary(workloads, rows, trials)
+    about["rounds"] = rounds
+    text = report.heading(about, versions) + "\n" + report.tables(workloads, results)
+    if missing:
+        text += "\nNot measured:\n" + "".join(f"- {line}\n" for line in missing)
+    print(text)
+
+    whole = not (arguments.quick or arguments.only)
+    if whole or arguments.output:
+        data = {"machine": about, "packages": versions, "results": results, "missing": missing}
+        report.write("http", text, data, directory=arguments.output or report.HERE / "results")
+    if whole and not arguments.output:
+        report.into_readme("http", text)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
