@@ -152,7 +152,7 @@ class SqliteStore:
                 if before is None:
                     added.append((*key, url, recovery))
                 elif before[1] != recovery:
-                    changed.append((before[0], recovery))
+                    changed.append((recovery, before[0]))
             db.executemany(_SQL["drop"], [(id,) for id, _ in surplus.values()])
             db.executemany(_SQL["change_recovery"], changed)
             db.executemany(_SQL["subscribe"], added)
@@ -165,7 +165,7 @@ class SqliteStore:
     # Missed notices
 
     async def record_missed(self, items: Sequence[tuple[Subscription, bytes]], due: float) -> None:
-        rows = [(subscription.id, topic, due) for subscription, topic in items]
+        rows = [(topic, due, subscription.id) for subscription, topic in items]
         await self._write_many("record_missed", rows)
 
     async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
@@ -173,7 +173,7 @@ class SqliteStore:
         await self._write_many("clear_missed", rows)
 
     async def claim_missed(self, now: float, limit: int, lease: float) -> list[MissedNotice]:
-        times = (now, limit, lease)
+        times = (now + lease, now, limit)
         rows = await self._write(lambda db: db.execute(_SQL["claim_missed"], times).fetchall())
         return [MissedNotice(*row) for _, *row in sorted(rows)]
 
@@ -181,12 +181,12 @@ class SqliteStore:
         def work(db: sqlite3.Connection) -> None:
             row = (notice.id, notice.generation)
             if db.execute(_SQL["finish_missed"], row).rowcount == 0:
-                db.execute(_SQL["renew_missed"], (notice.id, now))
+                db.execute(_SQL["renew_missed"], (now, notice.id))
 
         await self._write(work)
 
     async def retry_missed(self, notice: MissedNotice, due: float) -> None:
-        await self._write_many("retry_missed", [(notice.id, notice.generation, due)])
+        await self._write_many("retry_missed", [(notice.generation, due, notice.id)])
 
     async def next_due(self) -> float | None:
         row = await self._read(lambda db: db.execute(_SQL["next_due"]).fetchone())

@@ -62,7 +62,7 @@ END;
 -- One statement is one snapshot: the glob version is that of the moment of the exact rows. It
 -- stands in every row, and there is at least one.
 SELECT meta.value, s.id, s.url, s.recovery
-FROM meta LEFT JOIN subscriptions AS s ON s.kind = 0 AND s.pattern = ?1
+FROM meta LEFT JOIN subscriptions AS s ON s.kind = 0 AND s.pattern = ?
 WHERE meta.key = 'glob_version';
 
 -- name: glob_version
@@ -73,55 +73,55 @@ WHERE version.key = 'glob_version' AND history.key = 'glob_history';
 SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1;
 
 -- name: changed_globs
-SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1 AND version > ?1;
+SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1 AND version > ?;
 
 -- name: dropped_globs
 -- no pattern: the row is gone
-SELECT subscription_id, NULL, NULL, NULL FROM dropped_globs WHERE version > ?1;
+SELECT subscription_id, NULL, NULL, NULL FROM dropped_globs WHERE version > ?;
 
 -- name: subscribe
-INSERT INTO subscriptions (kind, pattern, url, recovery) VALUES (?1, ?2, ?3, ?4)
+INSERT INTO subscriptions (kind, pattern, url, recovery) VALUES (?, ?, ?, ?)
 ON CONFLICT DO NOTHING;
 
 -- name: unsubscribe
-DELETE FROM subscriptions WHERE kind = ?1 AND pattern = ?2 AND url = ?3;
+DELETE FROM subscriptions WHERE kind = ? AND pattern = ? AND url = ?;
 
 -- name: subscriptions
-SELECT id, kind, pattern, url, recovery FROM subscriptions WHERE url = ?1 ORDER BY kind, pattern;
+SELECT id, kind, pattern, url, recovery FROM subscriptions WHERE url = ? ORDER BY kind, pattern;
 
 -- name: change_recovery
-UPDATE subscriptions SET recovery = ?2 WHERE id = ?1;
+UPDATE subscriptions SET recovery = ? WHERE id = ?;
 
 -- name: drop
-DELETE FROM subscriptions WHERE id = ?1;
+DELETE FROM subscriptions WHERE id = ?;
 
 -- name: record_missed
 INSERT INTO missed (subscription_id, topic, due)
-SELECT id, ?2, ?3 FROM subscriptions WHERE id = ?1 AND recovery IS NOT NULL
+SELECT id, ?, ? FROM subscriptions WHERE id = ? AND recovery IS NOT NULL
 ON CONFLICT (subscription_id, topic)
 DO UPDATE SET generation = generation + 1, due = min(due, excluded.due);
 
 -- name: clear_missed
-DELETE FROM missed WHERE subscription_id = ?1 AND topic = ?2
+DELETE FROM missed WHERE subscription_id = ? AND topic = ?
 AND generation = 1 AND attempts = 0 AND lease_until = 0;
 
 -- name: claim_missed
-UPDATE missed SET lease_until = ?1 + ?3 WHERE id IN (
-    SELECT id FROM missed WHERE max(due, lease_until) <= ?1
-    ORDER BY max(due, lease_until), due LIMIT ?2
+UPDATE missed SET lease_until = ? WHERE id IN (
+    SELECT id FROM missed WHERE max(due, lease_until) <= ?
+    ORDER BY max(due, lease_until), due LIMIT ?
 ) RETURNING due, id, generation, subscription_id,
     (SELECT recovery FROM subscriptions WHERE subscriptions.id = subscription_id), topic, attempts;
 
 -- name: finish_missed
-DELETE FROM missed WHERE id = ?1 AND generation = ?2;
+DELETE FROM missed WHERE id = ? AND generation = ?;
 
 -- name: renew_missed
-UPDATE missed SET attempts = 0, due = ?2, lease_until = 0 WHERE id = ?1;
+UPDATE missed SET attempts = 0, due = ?, lease_until = 0 WHERE id = ?;
 
 -- name: retry_missed
-UPDATE missed SET attempts = CASE generation WHEN ?2 THEN attempts + 1 ELSE 0 END,
-    due = ?3, lease_until = 0
-WHERE id = ?1;
+UPDATE missed SET attempts = CASE generation WHEN ? THEN attempts + 1 ELSE 0 END,
+    due = ?, lease_until = 0
+WHERE id = ?;
 
 -- name: next_due
 SELECT max(due, lease_until) FROM missed ORDER BY max(due, lease_until) LIMIT 1;
