@@ -291,7 +291,7 @@ def _read_file(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError) as e:  # not UTF-8, not TOML
         raise ConfigError(f"{file}: {e}") from None
     known = {row.name for row in options()}
     if unknown := sorted(set(document) - known):
