@@ -185,6 +185,7 @@ class Lonelyps(Contestant):
 def write_secrets(directory: Path, kind: str) -> Path:
     path = directory / "subscriber-secrets.json"
     path.write_text(secretsfile.dump(secretsfile.generate(kind), secretsfile.generate(kind)))
+    path.chmod(0o600)
     return path
 
 

@@ -98,13 +98,13 @@ def test_codes_are_told_apart(make_guard: MakeGuard) -> None:
 def test_full_is_unknown_and_frees_again(make_guard: MakeGuard) -> None:
     guard = make_guard(max_codes=3)
     for i in range(3):
-        assert guard.mark(code(i), START, START + T + i, START) is NEW
+        assert guard.mark(code(i), START + i, START + T + i, START) is NEW
     assert guard.mark(code(3), START, START + T, START) is UNKNOWN
     assert guard.mark(code(0), START, START + T, START) is not NEW, "full, but not forgetful"
     later = START + T + 1  # the first of the three has expired
     assert guard.mark(code(3), later, later + T, later) is NEW
     assert guard.mark(code(4), later, later + T, later) is UNKNOWN
-    assert guard.mark(code(1), START, START + T + 1, later) is not NEW
+    assert guard.mark(code(1), START + 1, START + T + 1, later) is not NEW
 
 
 def test_full_is_unavailable(make_guard: MakeGuard) -> None:

@@ -1,28 +1,23 @@
-"""Our broadcaster, with one worker: our_broadcaster.py DIRECTORY SECRETS"""
+"""Our broadcaster as `lonelypss serve` runs it, one worker: our_broadcaster.py DIRECTORY SECRETS"""
 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
-import asgi
-
-from lonelypsp import secretsfile
-from lonelypsp.replay import ReplayGuard
-from lonelypss.app import create_app
 from lonelypss.config import BroadcasterConfig
+from lonelypss.server import Settings, bind, serve
 
 
-def main(directory: Path, secrets: Path) -> None:
+def main(directory: Path, secrets: Path) -> int:
     config = BroadcasterConfig(
-        db=f"sqlite:///{directory / 'subscriptions.db'}",
-        spool_directory=str(directory),
-        auth=secretsfile.load(secrets.read_text(), ReplayGuard(started=time.time())),
+        db=f"sqlite:///{directory / 'subscriptions.db'}", spool_directory=str(directory)
     )
-    listener, _ = asgi.listen()
-    asgi.serve(create_app(config), listener)
+    sockets = bind("127.0.0.1", 0)
+    port = sockets[0].getsockname()[1]
+    settings = Settings(config, str(secrets), grace=1, log_level="warning")
+    return serve(settings, sockets, 1, lambda: print("READY", port, flush=True))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from lonelypsc.errors import PubSubBindError
+from lonelypsp.onewrite import OneWrite
 
 try:
     from uvicorn.config import Config
@@ -101,14 +102,18 @@ class Listener:
         config.load()
         self._state = ServerState()
 
+        loop = asyncio.get_running_loop()
+        base: Any = config.http_protocol_class
+
+        class Protocol(base):  # type: ignore[misc]
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(OneWrite(transport, loop.call_soon))
+
         def protocol() -> Any:
-            made: Any = config.http_protocol_class(  # type: ignore[call-arg]
-                config=config, server_state=self._state, app_state={}
-            )
+            made = Protocol(config=config, server_state=self._state, app_state={})
             made.access_log = False
             return made
 
-        loop = asyncio.get_running_loop()
         for sock in sockets:
             self._servers.append(await loop.create_server(protocol, sock=sock, backlog=_BACKLOG))
 
@@ -130,7 +135,7 @@ class Listener:
         return sockets
 
     def _bind_one(self, family: int, address: tuple[Any, ...]) -> socket.socket:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             if hasattr(socket, "SO_REUSEPORT"):  # not on Windows, where it would share the port
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -106,6 +106,7 @@ class SqliteReplayGuard:
         self._max = max_codes
         self._swept = -math.inf
         self._counted = -math.inf
+        self._lifetime = 0.0
         self._db = sqlite3.connect(
             path, timeout=_OPEN_TIMEOUT, isolation_level=None, check_same_thread=False
         )
@@ -116,20 +117,22 @@ class SqliteReplayGuard:
         except sqlite3.OperationalError:
             pass  # another process is switching it right now, for which SQLite does not wait
         self._db.execute("PRAGMA synchronous=OFF")
+        # in order of time, so that what is written together lies together and goes together
         self._db.execute(
-            "CREATE TABLE IF NOT EXISTS used (code BLOB PRIMARY KEY, expires REAL) WITHOUT ROWID"
+            "CREATE TABLE IF NOT EXISTS used (stamp REAL, code BLOB, PRIMARY KEY (stamp, code))"
+            " WITHOUT ROWID"
         )
-        self._db.execute("CREATE INDEX IF NOT EXISTS used_expires ON used (expires)")
         self._count = 0
         self._db.execute(f"PRAGMA busy_timeout={int(busy_timeout * 1000)}")
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
         try:
+            self._lifetime = max(self._lifetime, expires - timestamp)
             self._sweep(now)
             if self._count >= self._max:
                 return Verdict.UNKNOWN
             added = self._db.execute(
-                "INSERT OR IGNORE INTO used VALUES (?, ?)", (code[:_KEPT_BYTES], expires)
+                "INSERT OR IGNORE INTO used VALUES (?, ?)", (timestamp, code[:_KEPT_BYTES])
             )
         except sqlite3.OperationalError as e:
             log.warning("cannot remember a signature, so it is not accepted: %s", e)
@@ -142,8 +145,9 @@ class SqliteReplayGuard:
         if abs(now - self._swept) >= _SWEEP_INTERVAL:
             self._swept = now
             gone = self._db.execute(
-                "DELETE FROM used WHERE code IN (SELECT code FROM used WHERE expires < ? LIMIT ?)",
-                (now, _SWEEP_ROWS),
+                "DELETE FROM used WHERE (stamp, code) IN"
+                " (SELECT stamp, code FROM used WHERE stamp < ? ORDER BY stamp LIMIT ?)",
+                (now - self._lifetime, _SWEEP_ROWS),
             )
             self._count -= gone.rowcount
         if abs(now - self._counted) >= _COUNT_INTERVAL:

@@ -20,6 +20,7 @@ from typing import (
     Any,
     ClassVar,
     Generic,
+    NoReturn,
     Protocol,
     TypeVar,
     cast,
@@ -48,16 +49,22 @@ class Reader:
     def take(self, length: int, name: str) -> bytes:
         end = self.offset + length
         if end > len(self.data):
-            raise Incomplete(
-                f"{name}: {length} bytes expected, {len(self.data) - self.offset} present",
-                needed=end,
-            )
-        value = bytes(self.data[self.offset : end])
+            self._too_short(end, name)
+        value = self.data[self.offset : end]
+        self.offset = end
+        return value if type(value) is bytes else bytes(value)
+
+    def uint(self, width: int, name: str) -> int:
+        end = self.offset + width
+        if end > len(self.data):
+            self._too_short(end, name)
+        value = int.from_bytes(self.data[self.offset : end], "big")
         self.offset = end
         return value
 
-    def uint(self, width: int, name: str) -> int:
-        return int.from_bytes(self.take(width, name), "big")
+    def _too_short(self, end: int, name: str) -> NoReturn:
+        expected, present = end - self.offset, len(self.data) - self.offset
+        raise Incomplete(f"{name}: {expected} bytes expected, {present} present", needed=end)
 
     @property
     def remaining(self) -> int:
@@ -123,7 +130,7 @@ class PrefixedBytes:
         return length.to_bytes(self.width, "big") + value
 
     def decode(self, reader: Reader, name: str) -> bytes:
-        return reader.take(reader.uint(self.width, f"{name} length"), name)
+        return reader.take(reader.uint(self.width, name), name)
 
 
 class PrefixedText:

@@ -72,12 +72,7 @@ class Fanout:
             if self.config.journal_after == 0:
                 await round_.journal()
             round_.start()
-            try:
-                async with asyncio.timeout(self.config.journal_after or None):
-                    await round_.done.wait()
-            except TimeoutError:
-                await round_.journal()
-                await round_.done.wait()
+            await round_.finished()
             await round_.settle()
         finally:
             self.missed.release(round_.journaled)
@@ -108,7 +103,7 @@ class Round:
         self.failed: list[str] = []
         self.unsubscribed: list[str] = []
         self.journaled: list[tuple[Subscription, bytes]] = []
-        self.done = asyncio.Event()
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         digest = base64.b64encode(body.sha512).decode("ascii")
         self.digest_header = f"Repr-Digest: sha-512={digest}\r\n".encode()
 
@@ -127,6 +122,14 @@ class Round:
             self.fanout.sender.post(Delivery(self, url, target, identifier))
         for url, error in refused:
             self.fail(url, f"url refused: {error}")
+
+    async def finished(self) -> None:
+        """Waits for all answers; on the way writes down what is open after `journal_after`."""
+        if self.config.journal_after > 0:
+            await asyncio.wait((self.done,), timeout=self.config.journal_after)
+            if not self.done.done():
+                await self.journal()
+        await self.done
 
     def confirm(self, url: str, count: int) -> None:
         self.count += count
@@ -150,8 +153,8 @@ class Round:
 
     def _settled(self, url: str) -> None:
         self.open.discard(url)
-        if not self.open:
-            self.done.set()
+        if not self.open and not self.done.done():
+            self.done.set_result(None)
 
     async def journal(self) -> None:
         """Writes down what is still open, so that it outlives this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -15,9 +16,12 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from lonelypsp.onewrite import OneWrite
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
@@ -70,7 +74,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, address in dict.fromkeys((info[0], info[4]) for info in found):
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
@@ -107,6 +111,11 @@ def serve(
     return _Workers(settings, sockets, workers).run(announce)
 
 
+class _Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(OneWrite(transport, self.loop.call_soon))  # type: ignore[arg-type]
+
+
 class _Server(uvicorn.Server):
     """uvicorn, but a stop on request ends with status 0, and nothing new is started meanwhile."""
 
@@ -117,6 +126,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # what exists by now stays: looking through it again and again costs each message
+        gc.collect()
+        gc.freeze()
         self._announce()
 
     @contextmanager
@@ -147,6 +159,7 @@ def _run(
     app = settings.app()
     config = uvicorn.Config(
         app,
+        http=_Protocol,
         interface="asgi3",
         lifespan="on",
         ws="none",
