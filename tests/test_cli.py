@@ -6,8 +6,10 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from click.testing import CliRunner
 
 from lonelypsc.cli import main as client_cli
 from lonelypsp.bodies import SubscribeExact
+from lonelypsp.secretsfile import decode_key
+from lonelypsp.signing import Hmac
 from lonelypsp.wire import encode
 from lonelypss.cli import main as broadcaster_cli
 from lonelypss.config import options
@@ -224,12 +228,6 @@ def test_workers_share_port_database_and_replay_memory(tmp_path: Path) -> None:
 
 def _accepted_signatures(tmp_path: Path, url: str, secrets: dict, times: int) -> int:
     """How many of as many connections get through with one and the same signed request."""
-    import http.client
-    import time
-
-    from lonelypsp.secretsfile import decode_key
-    from lonelypsp.signing import Hmac
-
     request = SubscribeExact("http://127.0.0.1:9/v1/receive", b"x", None)
     fields = {"url": request.url, "topic": request.topic, "recovery": None, "tracing": b""}
     hmac = Hmac(decode_key(secrets["to-broadcaster"]["secret"]))
@@ -237,7 +235,7 @@ def _accepted_signatures(tmp_path: Path, url: str, secrets: dict, times: int) ->
     assert header is not None
     statuses = []
     for _ in range(times):
-        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        connection = HTTPConnection(url.removeprefix("http://"))
         headers = {"Authorization": header}
         connection.request("POST", "/v1/subscribe/exact", encode(request), headers)
         statuses.append(connection.getresponse().status)
@@ -255,6 +253,46 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         result = run("lonelypsc", "notify", "a", "b", f"--broadcaster={url}", cwd=tmp_path)
         assert result.stdout == "notified 0 subscribers\n"
         assert program.stop() == 0
+
+
+def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
+    with broadcaster(tmp_path, "--workers=2") as (program, url):
+        eventually(lambda: _children(program.process.pid, 2))
+        program.stop(signal.SIGKILL)
+        eventually(lambda: not _answers(url))
+
+
+def _answers(url: str) -> bool:
+    host, _, port = url.removeprefix("http://").partition(":")
+    try:
+        socket.create_connection((host, int(port))).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_running_notify_is_finished_before_it_stops(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as slow, broadcaster(tmp_path) as (program, url):
+        slow.settimeout(40)
+        subscriber = f"http://127.0.0.1:{slow.getsockname()[1]}/v1/receive"
+        connection = HTTPConnection(url.removeprefix("http://"))
+        connection.request(
+            "POST", "/v1/subscribe/exact", encode(SubscribeExact(subscriber, b"a", None))
+        )
+        assert connection.getresponse().status == 200
+        connection.close()
+        notify = command("lonelypsc", "notify", "a", "b", "--retries=1", f"--broadcaster={url}")
+        with started(notify, tmp_path) as publisher:
+            delivery, _ = slow.accept()
+            with delivery:
+                program.process.terminate()
+                eventually(lambda: not _answers(url))
+                assert publisher.process.poll() is None
+                delivery.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\x00\x0a")
+                publisher.line("notified 0 subscribers")
+        assert program.process.wait(40) == 0
+    counted = run("lonelypss", "subs", "ls", "--json", cwd=tmp_path)
+    assert json.loads(counted.stdout) == {"exact": 0, "glob": 0, "missed": 0}
 
 
 def _children(pid: int, number: int) -> list[int]:

@@ -298,12 +298,12 @@ def serve(
     else:
         load_auth(secrets)
     settings.set_up_logging()
+    if not in_memory:
+        asyncio.run(_check_database(loaded))
     try:
         sockets = server.bind(host, port)
     except OSError as e:
         fail(_bind_error(host, port, e), 2)
-    if not in_memory:
-        asyncio.run(_check_database(loaded))
 
     def announce() -> None:
         _announce(sockets[0], as_json)

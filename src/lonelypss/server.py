@@ -105,10 +105,14 @@ def serve(
     Returns:
         the exit status of the command.
     """
-    if workers == 1:
-        _run(settings, sockets, announce)
-        return 0
-    return _Workers(settings, sockets, workers).run(announce)
+    try:
+        if workers == 1:
+            _run(settings, sockets, announce)
+            return 0
+        return _Workers(settings, sockets, workers).run(announce)
+    finally:
+        for sock in sockets:
+            sock.close()
 
 
 class _Protocol(HttpToolsProtocol):
