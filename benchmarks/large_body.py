@@ -117,8 +117,8 @@ def table(result: Result) -> str:
         "",
         f"The publisher had its answer after {result.answered:.1f} s: {rate:,.0f} MB/s from its"
         f" file to all subscribers, {rate * SUBSCRIBERS:,.0f} MB/s delivered. The subscribers held"
-        f" the message after {', '.join(f'{s:.1f}' for s in result.arrived)} s and had read and hashed"
-        f" it after {', '.join(f'{s:.1f}' for s in result.read)} s.",
+        f" the message after {', '.join(f'{s:.1f}' for s in result.arrived)} s and had read and"
+        f" hashed it after {', '.join(f'{s:.1f}' for s in result.read)} s.",
     ]
     return "\n".join([*lines, ""])
 

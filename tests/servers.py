@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+
 from lonelypsp import secretsfile
 from lonelypsp.replay import ReplayGuard
 from lonelypsp.signing import AuthConfig, Nothing
@@ -41,7 +42,7 @@ async def serve(app: Any) -> AsyncIterator[str]:
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with asyncio.timeout(20):
-            while not server.started and not task.done():  # noqa: ASYNC110
+            while not server.started and not task.done():
                 await asyncio.sleep(0.005)
         if task.done():
             await task
