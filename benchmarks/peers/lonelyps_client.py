@@ -34,13 +34,12 @@ def ours(common: dict[str, Any], secrets: Path | None) -> Any:
 
 
 def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any:
+    from lonelypsc.config.file_config import get_auth_config_from_file
+    from lonelypsp.auth.config import AuthConfigFromParts
     from lonelypsp.auth.helpers.none_auth_config import (  # type: ignore[import-not-found]
         ToBroadcasterNoneAuth,
         ToSubscriberNoneAuth,
     )
-
-    from lonelypsc.config.file_config import get_auth_config_from_file
-    from lonelypsp.auth.config import AuthConfigFromParts
 
     incoming, outgoing = (
         get_auth_config_from_file(str(secrets))

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+
 from lonelypsp.auth.config import AuthConfigFromParts
 from lonelypsp.auth.helpers.hmac_auth_config import (
     IncomingHmacAuthDBReentrantConfig,
