@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import socket
 import ssl
 import warnings
@@ -447,6 +448,7 @@ async def test_waiting_for_a_connection(which: str) -> None:
             first, second = Probe(subscriber.url), Probe(subscriber.url)
             sender.post(first)
             await subscriber.got(1)
+            first.deadline = math.inf  # it holds the connection for as long as the other waits
             sender.post(second)
             got = (await second.reply()).error
             assert "no free connection" in got
