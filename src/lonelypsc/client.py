@@ -24,7 +24,7 @@ from lonelypsc.errors import (
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
-from lonelypsc.interests import NO_TOPICS, Interests, Topics
+from lonelypsp.interests import NO_TOPICS, Interests, Topics
 from lonelypsp.spool import Body
 from lonelypsp.wire import BYTES16
 

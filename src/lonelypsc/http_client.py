@@ -18,7 +18,6 @@ from lonelypsc.config.config import PORT_PLACEHOLDER, HttpPubSubConfig
 from lonelypsc.content import Content
 from lonelypsc.endpoints import ReceiveEndpoint, Receiver, RecoverEndpoint
 from lonelypsc.errors import PubSubError, PubSubRequestError
-from lonelypsc.interests import NO_TOPICS, Topics
 from lonelypsc.listener import Listener, PathApp
 from lonelypsp.bodies import (
     BROADCASTER_ENDPOINTS,
@@ -37,6 +36,7 @@ from lonelypsp.bodies import (
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag, wanted
+from lonelypsp.interests import NO_TOPICS, Topics
 from lonelypsp.wire import decode, encode
 
 __all__ = ["HttpPubSubClient", "HttpTransport"]

@@ -54,14 +54,18 @@ def split(
     """
     offset = part_id = 0
     while part_id == 0 or offset < length:
-        remaining = length - offset
-        if max_frame_length is None:
-            size = remaining
-        else:
-            size = min(remaining, max(SMALLEST_PART, max_frame_length - head_length(part_id)))
+        head = 0 if max_frame_length is None else head_length(part_id)
+        size = part_length(length - offset, max_frame_length, head)
         yield Part(part_id, offset, size)
         offset += size
         part_id += 1
+
+
+def part_length(remaining: int, max_frame_length: int | None, head_length: int) -> int:
+    """How many of the `remaining` bytes go into the next part."""
+    if max_frame_length is None:
+        return remaining
+    return min(remaining, max(SMALLEST_PART, max_frame_length - head_length))
 
 
 class Sink(Protocol):

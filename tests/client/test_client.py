@@ -16,8 +16,8 @@ from lonelypsc.client import (
     PubSubRequestRefusedError,
 )
 from lonelypsc.content import Content
-from lonelypsc.interests import Topics
 from lonelypsp.errors import LocalProtocolError
+from lonelypsp.interests import Topics
 from lonelypsp.spool import Body
 
 DEADLINE = 5.0

@@ -1,4 +1,4 @@
-"""Who inside this client wants which topics."""
+"""Who inside a process wants which topics: a client's subscriptions, a broadcaster's websockets."""
 
 from __future__ import annotations
 

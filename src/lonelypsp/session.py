@@ -1,0 +1,1062 @@
+"""The rules of a websocket connection, for both of its ends (docs/topics/protocol.md).
+
+A session is one end without the connection: `receive` takes a frame and says what it means, every
+other method says which bytes to send. It has no clock, waits for nothing, and holds no body.
+
+The table below says for each message when it may come, what it is signed over, and what answers
+it. What else there is to know:
+
+- Each end answers the other's frames in the order in which they came; the two directions do not
+  know of each other. `answer` may be called in any order and gives out what is due.
+- Frames must be sent in the order in which they were made: each may use up a counter value.
+- Authorization covers the hash of the whole body, so that every part is signed with it.
+- Whatever `receive` raises ends the connection; what a sending method raises changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from io import BytesIO
+from os import urandom
+from typing import Any, ClassVar, TypeAlias, TypedDict, Unpack
+
+from lonelypsp import messages as m
+from lonelypsp.compression import FIRST_CUSTOM, UNCOMPRESSED, WITHOUT_DICTIONARY
+from lonelypsp.connection_url import (
+    BROADCASTER_START,
+    SUBSCRIBER_START,
+    connection_nonce,
+    connection_url,
+    next_counter,
+)
+from lonelypsp.errors import AuthResult, LocalProtocolError, RemoteProtocolError
+from lonelypsp.headers import NONCE_LENGTH
+from lonelypsp.messages import Buffer, Message
+from lonelypsp.parts import Reassembly, Sink, part_length
+from lonelypsp.signing import OPERATIONS, AuthConfig, Authenticator
+
+
+class Phase(Enum):
+    NEW = "new"
+    CONFIGURED = "configured, but not confirmed"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Url(Enum):
+    """Whether a message is signed over a url of the connection, and in which fields."""
+
+    NONE = auto()
+    OWN = auto()
+    """The next one of its sender."""
+    OWN_AS_RECOVERY = auto()
+    REQUEST = auto()
+    """That of the message it answers."""
+
+
+class Inside(Enum):
+    """Whether a message may stand between the parts of a body from the same sender."""
+
+    YES = auto()
+    ACCEPTED = auto()
+    """Never sent there, because older peers give up; taken from those who send it."""
+    NO = auto()
+    ONLY = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of the table.
+
+    Attributes:
+        answer: what answers the message.
+        more: what answers it instead where it does not complete a body.
+    """
+
+    phase: Phase
+    url: Url
+    inside: Inside
+    answer: type[Message] | None = None
+    more: type[Message] | None = None
+
+
+_NEW, _CONFIGURED, _OPEN = Phase.NEW, Phase.CONFIGURED, Phase.OPEN
+_YES, _ACCEPTED, _NO, _ONLY = Inside.YES, Inside.ACCEPTED, Inside.NO, Inside.ONLY
+_NOTIFIED = (m.ConfirmNotify, m.ContinueNotify)
+_RECEIVED = (m.ConfirmReceive, m.ContinueReceive)
+
+RULES: Mapping[type[Message], Rule] = {
+    # from a subscriber
+    m.Configure: Rule(_NEW, Url.NONE, _NO),
+    m.SubscribeExact: Rule(_OPEN, Url.OWN, _YES, m.ConfirmSubscribeExact),
+    m.SubscribeGlob: Rule(_OPEN, Url.OWN, _YES, m.ConfirmSubscribeGlob),
+    m.UnsubscribeExact: Rule(_OPEN, Url.OWN, _YES, m.ConfirmUnsubscribeExact),
+    m.UnsubscribeGlob: Rule(_OPEN, Url.OWN, _YES, m.ConfirmUnsubscribeGlob),
+    m.Notify: Rule(_OPEN, Url.NONE, _ACCEPTED, m.ConfirmNotify),
+    m.NotifyStreamStart: Rule(_OPEN, Url.NONE, _NO, *_NOTIFIED),
+    m.NotifyStreamPart: Rule(_OPEN, Url.NONE, _ONLY, *_NOTIFIED),
+    m.ContinueReceive: Rule(_OPEN, Url.OWN, _YES),
+    m.ConfirmReceive: Rule(_OPEN, Url.OWN, _YES),
+    # from a broadcaster
+    m.ConfirmConfigure: Rule(_CONFIGURED, Url.NONE, _NO),
+    m.ConfirmSubscribeExact: Rule(_OPEN, Url.REQUEST, _YES),
+    m.ConfirmSubscribeGlob: Rule(_OPEN, Url.REQUEST, _YES),
+    m.ConfirmUnsubscribeExact: Rule(_OPEN, Url.REQUEST, _YES),
+    m.ConfirmUnsubscribeGlob: Rule(_OPEN, Url.REQUEST, _YES),
+    m.ConfirmNotify: Rule(_OPEN, Url.NONE, _YES),
+    m.ContinueNotify: Rule(_OPEN, Url.NONE, _YES),
+    m.ReceiveStreamStart: Rule(_OPEN, Url.OWN, _NO, *_RECEIVED),
+    m.ReceiveStreamPart: Rule(_OPEN, Url.OWN, _ONLY, *_RECEIVED),
+    m.EnableZstdPreset: Rule(_OPEN, Url.OWN, _ACCEPTED),
+    m.EnableZstdCustom: Rule(_OPEN, Url.OWN, _ACCEPTED),
+    m.DisableZstdCustom: Rule(_OPEN, Url.OWN, _ACCEPTED),
+    m.Missed: Rule(_OPEN, Url.OWN_AS_RECOVERY, _ACCEPTED),
+}
+
+_SIGNED = {name: ("tracing", *(f for f, _ in row.layout)) for name, row in OPERATIONS.items()}
+_SUBSCRIBES = (m.SubscribeExact, m.SubscribeGlob)
+_TO_SUBSCRIBER = [
+    *(m.ConfirmSubscribeExact, m.ConfirmSubscribeGlob, m.ConfirmUnsubscribeExact),
+    *(m.ConfirmUnsubscribeGlob, m.ConfirmNotify, m.ContinueNotify),
+]
+_COUNTED = (Url.OWN, Url.OWN_AS_RECOVERY)
+_NO_COUNTER = (0,)
+_NOTHING: Mapping[str, Any] = {}
+HEAD_ALLOWANCE = 1024
+"""More than the headers of a frame have, but for topic and identifier, with our authenticators."""
+
+
+def _url_fields(kind: Url, url: str) -> dict[str, Any]:
+    if kind is Url.NONE:
+        return {}
+    if kind is Url.OWN_AS_RECOVERY:
+        return {"recovery": url}
+    return {"url": url, "recovery": None}
+
+
+COUNTS_PARTS = b"counts-parts"
+"""What our CONFIGURE has as x-tracing, see `BroadcasterSession`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where a session ends. The overflow rule is the same for all: the frame that would be one
+    too many is not made (`LocalProtocolError`), or breaks the connection if it came from the peer.
+
+    Attributes:
+        unanswered: our frames that wait for an answer: the window. See `Session.room`.
+        owed: the peer's frames that wait for our answer, 4429. Stop reading before.
+        body_length: of what the peer sends, before and after decompression, 4413.
+        frame_length: of frames that carry a part of a body. Older subscribers take 4 MiB.
+        parts: of one body sent. Where hmac signs, the id of an acknowledged part has 8 bits, and
+            the last one is acknowledged without. None: no limit.
+        subscriptions: of the connection, 4429.
+        compressors: enabled at a time, 4429.
+        dictionary_length: of a dictionary received, 4413.
+    """
+
+    unanswered: int = 128
+    owed: int = 255
+    body_length: int = 1 << 36
+    frame_length: int | None = 3_670_016
+    parts: int | None = 257
+    subscriptions: int = 100_000
+    compressors: int = 8
+    dictionary_length: int = 1 << 20
+
+
+class ConnectionBroken(RemoteProtocolError):
+    """The peer broke the rules: close the connection.
+
+    Attributes:
+        close_code: 4000 + the http status of the same failure: 4400, 4403, 4413, 4429, or 4503 if
+            the authorization cannot be checked now.
+    """
+
+    @property
+    def close_code(self) -> int:
+        return 4000 + self.status
+
+
+@dataclass(frozen=True, slots=True)
+class Compressor:
+    id: int
+    level: int
+    min_size: int
+    max_size: int
+    dictionary: bytes | None
+
+    def fits(self, length: int) -> bool:
+        unlimited = self.max_size == m.UNLIMITED
+        return self.min_size <= length and (unlimited or length < self.max_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A body to be sent, without the body.
+
+    Attributes:
+        length, sha512: of the bytes as they are sent, i.e. after compression.
+        decompressed_length, decompressed_sha512: needed where there is a compressor.
+    """
+
+    topic: bytes
+    identifier: bytes
+    length: int
+    sha512: bytes
+    compressor: int = UNCOMPRESSED
+    decompressed_length: int | None = None
+    decompressed_sha512: bytes | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        whole = self.decompressed_length
+        return {
+            "topic": self.topic,
+            "identifier": self.identifier,
+            "compressor": self.compressor,
+            "compressed_length": self.length,
+            "decompressed_length": self.length if whole is None else whole,
+            "sha512": self.sha512,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PartFrame:
+    """A frame to send: `head`, then `length` bytes of the body from `offset`."""
+
+    head: bytes
+    offset: int
+    length: int
+    last: bool
+
+
+Head: TypeAlias = m.Notify | m.StreamStart
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A frame that is to be answered, as both ends see it.
+
+    Attributes:
+        answer: what the answer is.
+        repeats: the fields it has from the frame.
+        covers: what it is signed with besides; a peer may choose any of these.
+        given: the other fields, once they are known.
+    """
+
+    answer: type[Message]
+    repeats: dict[str, Any]
+    covers: list[dict[str, Any]]
+    given: dict[str, Any] | None = None
+
+
+# what a frame can mean
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """To the broadcaster; next: `confirm_configure`.
+
+    Attributes:
+        zstd, training: which compressors may be enabled, as both ends agree.
+    """
+
+    message: m.Configure
+    zstd: bool
+    training: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """To the subscriber: now it may send."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionAsked:
+    """To the broadcaster: do it, then `answer`."""
+
+    exchange: Exchange
+    message: m.SubscribeExact | m.SubscribeGlob | m.UnsubscribeExact | m.UnsubscribeGlob
+
+    @property
+    def subscribes(self) -> bool:
+        return isinstance(self.message, _SUBSCRIBES)
+
+
+@dataclass(frozen=True, slots=True)
+class PartArrived:
+    """A body is not complete: `answer` when more may come. The sink has the bytes."""
+
+    exchange: Exchange
+    head: m.StreamStart
+    part_id: int
+    sink: Sink
+
+
+@dataclass(frozen=True, slots=True)
+class BodyArrived:
+    """A body is complete: use it, then `answer`.
+
+    Attributes:
+        compressor: what `head.compressor` stands for.
+        body: a view of the frame, if the whole came in it; else `sink` has it.
+    """
+
+    exchange: Exchange
+    head: Head
+    compressor: Compressor | None
+    body: Buffer | None
+    sink: Sink | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The oldest unanswered frame of ours was answered by `message`."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Enabled:
+    compressor: Compressor
+
+
+@dataclass(frozen=True, slots=True)
+class Disabled:
+    compressor: Compressor
+
+
+@dataclass(frozen=True, slots=True)
+class TopicMissed:
+    """To the subscriber: a message on this topic may not have reached it."""
+
+    topic: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Nothing to do."""
+
+
+Owed: TypeAlias = SubscriptionAsked | PartArrived | BodyArrived
+Event: TypeAlias = (
+    Owed | Configured | Opened | Answered | Enabled | Disabled | TopicMissed | Ignored
+)
+
+
+@dataclass(slots=True)
+class _Sending:
+    """A body of which parts were, or will be, sent."""
+
+    payload: Payload
+    part_id: int = 0
+    offset: int = 0
+    after_start: int = 0
+    """Our counter after the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiving:
+    """A body of which parts came."""
+
+    body: Reassembly
+    sink: Sink
+    compressor: Compressor | None
+
+
+class Options(TypedDict, total=False):
+    """What both ends can be given.
+
+    Attributes:
+        minimal: in which form headers are sent; default: minimal.
+        limits: see there.
+        sink: where a body goes that does not come in one frame; asked when its start is verified.
+            What it or its `write` raises, `receive` raises. Default: `BytesIO`.
+        check_hash: False where such sinks compare the hash of the whole themselves.
+        presets: id -> dictionary, for the ids from 2 to 65535 that both ends were given.
+        nonce: 32 bytes; default: random.
+    """
+
+    minimal: bool
+    limits: Limits
+    sink: Callable[[m.StreamStart], Sink]
+    check_hash: bool
+    presets: Mapping[int, bytes]
+    nonce: bytes
+
+
+def _in_memory(start: m.StreamStart) -> Sink:
+    return BytesIO()
+
+
+class Session:
+    """What both ends have in common. Use `SubscriberSession` or `BroadcasterSession`.
+
+    Attributes:
+        phase: where the connection is.
+        topics, globs: what is subscribed to, counting requests that are not answered yet.
+        compressors: id -> those that may be used for sending, oldest first.
+    """
+
+    _START: ClassVar[type[m.StreamStart]]
+    _PART: ClassVar[type[m.StreamPart]]
+    _decode: Callable[[Buffer], Message]
+    _handlers: Mapping[type[Message], Callable[[Any, float], Event]]
+    _counter: int
+    _peer_counters: tuple[int, ...]
+    """For the next message of the peer that is signed over a url: one of them is right."""
+
+    def __init__(
+        self, sign: Authenticator, judge: Authenticator, **options: Unpack[Options]
+    ) -> None:
+        self._sign, self._judge = sign, judge
+        self._minimal = options.get("minimal", True)
+        self._new_sink = options.get("sink", _in_memory)
+        self._check_hash = options.get("check_hash", True)
+        self._presets = options.get("presets", {})
+        self._own_nonce = options.get("nonce") or urandom(NONCE_LENGTH)
+        self.limits = options.get("limits", Limits())
+        self._nonce = ""
+        self._unanswered: deque[Exchange] = deque()
+        self._asked = 0  # frames ever sent that need an answer
+        self._owed: deque[Exchange] = deque()
+        self._sending: _Sending | None = None
+        self._receiving: _Receiving | None = None
+        # compressors no longer enabled, and the number of frames asked before
+        self._retired: dict[int, tuple[Compressor, int]] = {}
+        self.phase = Phase.NEW
+        self.topics: set[bytes] = set()
+        self.globs: set[str] = set()
+        self.compressors: dict[int, Compressor] = {}
+
+    # what can be asked of it
+
+    @property
+    def room(self) -> int:
+        """How many more frames that need an answer may be sent now."""
+        return self.limits.unanswered - len(self._unanswered)
+
+    @property
+    def owed(self) -> int:
+        """How many frames of the peer wait for our answer."""
+        return len(self._owed)
+
+    @property
+    def sending(self) -> bool:
+        """Whether a body was begun and not all of its parts were sent."""
+        return self._sending is not None
+
+    @property
+    def unfinished(self) -> Sink | None:
+        """Where the body goes of which not all parts have come."""
+        return None if self._receiving is None else self._receiving.sink
+
+    def compressor_for(self, length: int) -> Compressor | None:
+        """The newest one that fits a body of `length` bytes."""
+        return next((c for c in reversed(self.compressors.values()) if c.fits(length)), None)
+
+    def close(self) -> None:
+        """What comes from now on is ignored, and answers are dropped."""
+        self.phase = Phase.CLOSED
+
+    # receiving
+
+    def receive(self, frame: Buffer, now: float) -> Event:
+        """What `frame` means.
+
+        Raises:
+            ConnectionBroken: the peer broke the rules; the session is closed.
+        """
+        if self.phase is Phase.CLOSED:
+            return Ignored()
+        try:
+            return self._received(self._decode(frame), now)
+        except RemoteProtocolError as e:
+            self.close()
+            raise ConnectionBroken(str(e), status=e.status) from e
+
+    def _received(self, message: Message, now: float) -> Event:
+        if misplaced := self._misplaced(type(message), receiving=True):
+            raise RemoteProtocolError(misplaced)
+        return self._handlers[type(message)](message, now)
+
+    def _misplaced(self, cls: type[Message], *, receiving: bool) -> str | None:
+        """Why a message cannot come now; None: it can."""
+        rule = RULES[cls]
+        if rule.phase is not self.phase:
+            return f"{cls.__name__} while the connection is {self.phase.value}"
+        began = self._receiving is not None if receiving else self._began
+        if rule.inside is Inside.ONLY:
+            return None if began else f"{cls.__name__} without a start"
+        forbidden = rule.inside is Inside.NO or (rule.inside is Inside.ACCEPTED and not receiving)
+        return f"{cls.__name__} between the parts of a body" if began and forbidden else None
+
+    @property
+    def _began(self) -> bool:
+        return self._sending is not None and self._sending.part_id > 0
+
+    def _verify(self, message: Any, now: float, *covers: Mapping[str, Any]) -> str:
+        """Checks the authorization; the url that was signed.
+
+        Args:
+            covers: what is signed besides the fields of the message; any of them may be right.
+        """
+        counted = RULES[type(message)].url in _COUNTED
+        for counter in self._peer_counters if counted else _NO_COUNTER:
+            url = connection_url(self._nonce, counter)
+            for more in covers or (_NOTHING,):
+                result = self._judged(message, url, now, more)
+                if result is AuthResult.OK:
+                    if counted:
+                        self._peer_counters = (next_counter(counter),)
+                    return url
+        raise RemoteProtocolError(f"{type(message).__name__}: {result.name.lower()}", status=403)
+
+    def _judged(self, message: Any, url: str, now: float, more: Mapping[str, Any]) -> AuthResult:
+        known = {**_url_fields(RULES[type(message)].url, url), **more}
+        signed = {
+            name: known[name] if name in known else getattr(message, name)
+            for name in _SIGNED[message.OPERATION]
+        }
+        result = self._judge.check(message.OPERATION, signed, message.authorization, now)
+        if result is AuthResult.UNAVAILABLE:
+            raise RemoteProtocolError("authorization cannot be checked now", status=result.status)
+        return result
+
+    def _on_whole(self, message: m.Notify, now: float) -> Event:
+        compressor = self._acceptable(message)
+        self._verify(message, now)
+        exchange = self._owe(message, head=message)
+        return BodyArrived(exchange, message, compressor, message.body, None)
+
+    def _on_start(self, message: m.StreamStart, now: float) -> Event:
+        compressor = self._acceptable(message)
+        self._verify(message, now)
+        last = len(message.body) == message.compressed_length
+        exchange = self._owe(message, head=message, last=last)
+        if last:
+            if hashlib.sha512(message.body).digest() != message.sha512:
+                raise RemoteProtocolError("the body does not have the SHA-512 that came with it")
+            return BodyArrived(exchange, message, compressor, message.body, None)
+        sink = self._new_sink(message)
+        body = Reassembly(message, sink, check_hash=self._check_hash)
+        self._receiving = _Receiving(body, sink, compressor)
+        return PartArrived(exchange, message, 0, sink)
+
+    def _on_part(self, message: m.StreamPart, now: float) -> Event:
+        assert self._receiving is not None  # the table says so
+        body, sink, head = self._receiving.body, self._receiving.sink, self._receiving.body.start
+        covers = {"topic": head.topic, "sha512": head.sha512, "tracing": head.tracing}
+        self._verify_part(message, now, covers)
+        last = body.add(message)
+        exchange = self._owe(message, head=head, last=last)
+        if not last:
+            return PartArrived(exchange, head, message.part_id, sink)
+        compressor, self._receiving = self._receiving.compressor, None
+        return BodyArrived(exchange, head, compressor, None, sink)
+
+    def _verify_part(self, message: m.StreamPart, now: float, covers: Mapping[str, Any]) -> None:
+        self._verify(message, now, covers)
+
+    def _acceptable(self, head: Head) -> Compressor | None:
+        """Checks what a body says of itself; its compressor."""
+        if max(head.compressed_length, head.decompressed_length) > self.limits.body_length:
+            most = self.limits.body_length
+            raise RemoteProtocolError(f"a body may have {most:,} bytes", status=413)
+        if head.compressor == UNCOMPRESSED:
+            return None
+        compressor = self.compressors.get(head.compressor)
+        if compressor is None and head.compressor in self._retired:
+            compressor = self._retired[head.compressor][0]
+        if compressor is None or head.compressed_length == 0:
+            raise RemoteProtocolError(f"compressor {head.compressor}: not enabled, or no data")
+        return compressor
+
+    def _owe(self, message: Message, url: str = "", **about: Any) -> Exchange:
+        if len(self._owed) >= self.limits.owed:
+            raise RemoteProtocolError(f"{len(self._owed)} frames wait for an answer", status=429)
+        exchange = _exchange(message, url, **about)
+        self._owed.append(exchange)
+        return exchange
+
+    def _on_answer(self, message: Message, now: float) -> Event:
+        name = type(message).__name__
+        if not self._unanswered:
+            raise RemoteProtocolError(f"{name} where no answer is due")
+        due = self._unanswered[0]
+        if type(message) is not due.answer:
+            raise RemoteProtocolError(f"{name} where {due.answer.__name__} is due")
+        for key, value in due.repeats.items():
+            if getattr(message, key) != value:
+                raise RemoteProtocolError(f"{name}: another {key} than that of the oldest frame")
+        self._verify(message, now, *due.covers)
+        self._unanswered.popleft()
+        return Answered(message)
+
+    # sending
+
+    def answer(
+        self,
+        event: Owed,
+        now: float,
+        *,
+        subscribers: int = 0,
+        decompressed_sha512: bytes | None = None,
+    ) -> list[bytes]:
+        """Answers what `event` told of. The frames to send now: none as long as an earlier one is
+        not answered, else this and those that waited for it.
+
+        Args:
+            subscribers: for CONFIRM_NOTIFY: how many the message reached.
+            decompressed_sha512: for CONFIRM_NOTIFY, where the body was compressed.
+        """
+        exchange = event.exchange
+        if exchange.given is not None:
+            raise LocalProtocolError(f"{exchange.answer.__name__} was given already")
+        whole = isinstance(event, BodyArrived) and isinstance(event.head, m.Notify)
+        if whole and decompressed_sha512 is not None:  # for a stream older peers sign the other
+            exchange.covers[0]["sha512"] = decompressed_sha512
+        exchange.given = _given(exchange.answer, subscribers)
+        frames = []
+        while self.phase is not Phase.CLOSED and self._owed:
+            due = self._owed[0]
+            if due.given is None:
+                break
+            frames.append(self._send(due.answer, now, {**due.repeats, **due.given}, due.covers[0]))
+            self._owed.popleft()
+        return frames
+
+    def open_stream(self, payload: Payload) -> None:
+        """Begins a body; call `next_part` until the last one."""
+        if misplaced := self._misplaced(self._START, receiving=False):
+            raise LocalProtocolError(misplaced)
+        if self._sending is not None:
+            raise LocalProtocolError("the body before is not sent yet: call next_part")
+        self._check_payload(payload)
+        self._sending = _Sending(payload)
+
+    def next_part(self, now: float) -> PartFrame:
+        """The next frame of the body that was begun.
+
+        Raises:
+            LocalProtocolError: there is no room, or the body has too many parts. When a body that
+                was begun cannot be ended, only closing the connection is left.
+        """
+        s = self._sending
+        if s is None:
+            raise LocalProtocolError("no body was begun: call open_stream")
+        self._reserve()
+        if self.limits.parts is not None and s.part_id >= self.limits.parts:
+            raise LocalProtocolError(f"more than {self.limits.parts} parts: raise frame_length")
+        if s.part_id == 0:
+            message = self._made(self._START, now, {**s.payload.fields, "body": b""})
+        else:
+            fields = {"identifier": s.payload.identifier, "part_id": s.part_id, "body": b""}
+            covers = {"topic": s.payload.topic, "sha512": s.payload.sha512}
+            message = self._made(self._PART, now, fields, covers)
+        head = m.encode_head(message, minimal=self._minimal)
+        length = part_length(s.payload.length - s.offset, self.limits.frame_length, len(head))
+        last = s.offset + length == s.payload.length
+        frame = PartFrame(head, s.offset, length, last)
+        self._sent(message, head=s.payload, last=last)
+        if s.part_id == 0:
+            s.after_start = self._counter
+        s.offset, s.part_id = s.offset + length, s.part_id + 1
+        if last:
+            self._sending = None
+            self._body_sent(s)
+        return frame
+
+    def one_frame(self, payload: Payload) -> bool:
+        """Whether the body certainly fits one frame."""
+        most = self.limits.frame_length
+        head = len(payload.topic) + len(payload.identifier) + HEAD_ALLOWANCE
+        return most is None or head + payload.length <= most
+
+    def _body_sent(self, sent: _Sending) -> None:
+        pass
+
+    def _check_payload(self, payload: Payload) -> None:
+        if payload.compressor != UNCOMPRESSED and payload.compressor not in self.compressors:
+            raise LocalProtocolError(f"compressor {payload.compressor} is not enabled")
+
+    def _reserve(self) -> None:
+        if self.room <= 0:
+            raise LocalProtocolError(
+                f"{len(self._unanswered)} frames wait for an answer: look at `room` before"
+            )
+
+    def _send(
+        self,
+        cls: type[Message],
+        now: float,
+        fields: Mapping[str, Any],
+        covers: Mapping[str, Any] = _NOTHING,
+        **about: Any,
+    ) -> bytes:
+        """The frame of a message, which is now as good as sent."""
+        if RULES[cls].answer is not None:
+            self._reserve()
+        message = self._made(cls, now, fields, covers)
+        frame = m.encode(message, minimal=self._minimal)
+        self._sent(message, **about)
+        return frame
+
+    def _made(
+        self,
+        cls: type[Any],
+        now: float,
+        fields: Mapping[str, Any],
+        covers: Mapping[str, Any] = _NOTHING,
+    ) -> Message:
+        if misplaced := self._misplaced(cls, receiving=False):
+            raise LocalProtocolError(misplaced)
+        url = connection_url(self._nonce, self._counter)
+        known = {"tracing": b"", **_url_fields(RULES[cls].url, url), **fields, **covers}
+        signed = {name: known[name] for name in _SIGNED[cls.OPERATION]}
+        made: Message = cls(
+            authorization=self._sign.authorize(cls.OPERATION, signed, now), **fields
+        )
+        return made
+
+    def _sent(self, message: Message, **about: Any) -> None:
+        rule = RULES[type(message)]
+        if rule.answer is not None:
+            url = connection_url(self._nonce, self._counter)
+            self._unanswered.append(_exchange(message, url, **about))
+            self._asked += 1
+        if rule.url in _COUNTED:
+            self._counter = next_counter(self._counter)
+
+    def _contradiction(self, message: Any) -> str | None:
+        """Why a request to subscribe or unsubscribe makes no sense."""
+        wanted, key = self._wanted(message)
+        if isinstance(message, _SUBSCRIBES) != (key in wanted):
+            return None
+        return f"{type(message).__name__}: {key!r} is {'' if key in wanted else 'not '}subscribed"
+
+    def _change(self, message: Any) -> None:
+        wanted, key = self._wanted(message)
+        (wanted.add if isinstance(message, _SUBSCRIBES) else wanted.remove)(key)
+
+    def _wanted(self, message: Any) -> tuple[set[Any], Any]:
+        globs = "glob" in message.HEADERS
+        return (self.globs, message.glob) if globs else (self.topics, message.topic)
+
+
+class SubscriberSession(Session):
+    """The end of a client: `configure`, until `Opened` arrives; then anything.
+
+    Args:
+        enable_zstd, enable_training: which compressors the broadcaster may enable.
+        initial_dict: the preset dictionary wished for; 0: none.
+        tracing: of CONFIGURE.
+
+    Older broadcasters count every part of a body, older subscribers only its start; and a
+    broadcaster that serves those may sign parts in any way. So the next message behind a body is
+    verified with both counts. Parts need not be verified: the hash of the whole is signed with the
+    start. A part's authorization that is valid is used up all the same.
+    """
+
+    _START, _PART = m.NotifyStreamStart, m.NotifyStreamPart
+
+    def __init__(
+        self,
+        auth: AuthConfig,
+        *,
+        enable_zstd: bool = False,
+        enable_training: bool = False,
+        initial_dict: int = 0,
+        tracing: bytes = COUNTS_PARTS,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(auth.to_broadcaster, auth.to_subscriber, **options)
+        self._counter, self._peer_counters = SUBSCRIBER_START, (BROADCASTER_START,)
+        self._decode = m.decode_from_broadcaster
+        self._zstd, self._training = enable_zstd, enable_zstd and enable_training
+        self._initial_dict, self._tracing = initial_dict, tracing
+        self._handlers = dict.fromkeys(_TO_SUBSCRIBER, self._on_answer) | {
+            m.ConfirmConfigure: self._on_confirm_configure,
+            m.ReceiveStreamStart: self._on_start,
+            m.ReceiveStreamPart: self._on_part,
+            m.EnableZstdPreset: self._on_enable,
+            m.EnableZstdCustom: self._on_enable,
+            m.DisableZstdCustom: self._on_disable,
+            m.Missed: self._on_missed,
+        }
+
+    def configure(self, now: float) -> bytes:
+        fields = {
+            "subscriber_nonce": self._own_nonce,
+            "enable_zstd": self._zstd,
+            "enable_training": self._training,
+            "initial_dict": self._initial_dict,
+            "tracing": self._tracing,
+        }
+        frame = self._send(m.Configure, now, fields)
+        self.phase = Phase.CONFIGURED
+        return frame
+
+    def subscribe_exact(self, topic: bytes, now: float) -> bytes:
+        return self._ask(m.SubscribeExact(topic=topic), {"topic": topic}, now)
+
+    def subscribe_glob(self, glob: str, now: float) -> bytes:
+        return self._ask(m.SubscribeGlob(glob=glob), {"glob": glob}, now)
+
+    def unsubscribe_exact(self, topic: bytes, now: float) -> bytes:
+        return self._ask(m.UnsubscribeExact(topic=topic), {"topic": topic}, now)
+
+    def unsubscribe_glob(self, glob: str, now: float) -> bytes:
+        return self._ask(m.UnsubscribeGlob(glob=glob), {"glob": glob}, now)
+
+    def notify(self, payload: Payload, body: Buffer, now: float) -> bytes:
+        """A message in one frame; see `one_frame`."""
+        self._check_payload(payload)
+        return self._send(m.Notify, now, {**payload.fields, "body": body}, head=payload)
+
+    def _ask(self, message: Message, fields: dict[str, Any], now: float) -> bytes:
+        if contradiction := self._contradiction(message):
+            raise LocalProtocolError(contradiction)
+        frame = self._send(type(message), now, fields)
+        self._change(message)
+        return frame
+
+    def _on_confirm_configure(self, message: m.ConfirmConfigure, now: float) -> Event:
+        self._verify(message, now)
+        self._nonce = connection_nonce(self._own_nonce, message.broadcaster_nonce)
+        self.phase = Phase.OPEN
+        return Opened()
+
+    def _verify_part(self, message: m.StreamPart, now: float, covers: Mapping[str, Any]) -> None:
+        after_start, next_part = self._peer_counters[0], self._peer_counters[-1]
+        self._judged(message, connection_url(self._nonce, next_part), now, covers)
+        self._peer_counters = (after_start, next_counter(next_part))
+
+    def _on_enable(self, message: m.EnableZstdPreset | m.EnableZstdCustom, now: float) -> Event:
+        self._verify(message, now)
+        compressor, custom = message.compressor, isinstance(message, m.EnableZstdCustom)
+        if compressor == UNCOMPRESSED:
+            return Ignored()
+        if not (self._training if custom else self._zstd):
+            raise RemoteProtocolError("a compressor that was not asked for")
+        if compressor in self.compressors or (compressor >= FIRST_CUSTOM) != custom:
+            raise RemoteProtocolError(f"compressor {compressor} cannot be enabled so, or again")
+        if len(self.compressors) >= self.limits.compressors:
+            raise RemoteProtocolError("too many compressors", status=429)
+        dictionary = self._dictionary(message)
+        enabled = Compressor(
+            compressor, message.level, message.min_size, message.max_size, dictionary
+        )
+        self.compressors[compressor] = enabled
+        return Enabled(enabled)
+
+    def _dictionary(self, message: m.EnableZstdPreset | m.EnableZstdCustom) -> bytes | None:
+        if isinstance(message, m.EnableZstdCustom):
+            if len(message.dictionary) > self.limits.dictionary_length:
+                raise RemoteProtocolError("the dictionary is too large", status=413)
+            if hashlib.sha512(message.dictionary).digest() != message.sha512:
+                raise RemoteProtocolError("the dictionary does not have the SHA-512 signed")
+            return bytes(message.dictionary)
+        if message.compressor == WITHOUT_DICTIONARY:
+            return None
+        if message.compressor not in self._presets:
+            raise RemoteProtocolError(f"no preset dictionary has the id {message.compressor}")
+        return self._presets[message.compressor]
+
+    def _on_disable(self, message: m.DisableZstdCustom, now: float) -> Event:
+        self._verify(message, now)
+        if message.compressor not in self.compressors:
+            raise RemoteProtocolError(f"compressor {message.compressor} is not enabled")
+        return Disabled(self.compressors.pop(message.compressor))
+
+    def _on_missed(self, message: m.Missed, now: float) -> Event:
+        self._verify(message, now)
+        return TopicMissed(message.topic)
+
+
+class BroadcasterSession(Session):
+    """The end of a broadcaster: after `Configured`, `confirm_configure`; then anything.
+
+    Args:
+        allow_zstd, allow_training: whether compressors may be enabled, if the subscriber agrees.
+        counts_parts: whether the subscriber counts each part of a body as a message, or only the
+            start as older ones do. None: find out. Whoever sends x-tracing, or what else the older
+            client never does, counts each. A third party's client that counts each and looks
+            exactly like the older one cannot be told from it.
+    """
+
+    _START, _PART = m.ReceiveStreamStart, m.ReceiveStreamPart
+
+    def __init__(
+        self,
+        auth: AuthConfig,
+        *,
+        allow_zstd: bool = False,
+        allow_training: bool = False,
+        counts_parts: bool | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(auth.to_subscriber, auth.to_broadcaster, **options)
+        self._counter, self._peer_counters = BROADCASTER_START, (SUBSCRIBER_START,)
+        self._decode = m.decode_from_subscriber
+        self._zstd, self._training, self._counts_parts = allow_zstd, allow_training, counts_parts
+        self._subscriber_nonce = b""
+        self._handlers = {
+            m.Configure: self._on_configure,
+            m.SubscribeExact: self._on_asked,
+            m.SubscribeGlob: self._on_asked,
+            m.UnsubscribeExact: self._on_asked,
+            m.UnsubscribeGlob: self._on_asked,
+            m.Notify: self._on_whole,
+            m.NotifyStreamStart: self._on_start,
+            m.NotifyStreamPart: self._on_part,
+            m.ContinueReceive: self._on_answer,
+            m.ConfirmReceive: self._on_answer,
+        }
+
+    def confirm_configure(self, now: float) -> bytes:
+        frame = self._send(m.ConfirmConfigure, now, {"broadcaster_nonce": self._own_nonce})
+        self._nonce = connection_nonce(self._subscriber_nonce, self._own_nonce)
+        self.phase = Phase.OPEN
+        return frame
+
+    def missed(self, topic: bytes, now: float) -> bytes:
+        """Not between the parts of a body, see `sending`; nor the following."""
+        return self._send(m.Missed, now, {"topic": topic})
+
+    def enable_preset(
+        self, compressor: int, now: float, *, level: int, min_size: int, max_size: int = m.UNLIMITED
+    ) -> bytes:
+        dictionary = None
+        if compressor != WITHOUT_DICTIONARY:
+            if compressor not in self._presets:
+                raise LocalProtocolError(f"no preset dictionary has the id {compressor}")
+            dictionary = self._presets[compressor]
+        enabled = Compressor(compressor, level, min_size, max_size, dictionary)
+        return self._enable(m.EnableZstdPreset, enabled, now, {}, allowed=self._zstd)
+
+    def enable_custom(
+        self,
+        compressor: int,
+        dictionary: bytes,
+        now: float,
+        *,
+        level: int,
+        min_size: int,
+        max_size: int = m.UNLIMITED,
+    ) -> bytes:
+        if compressor < FIRST_CUSTOM:
+            raise LocalProtocolError(f"own dictionaries have ids from {FIRST_CUSTOM}")
+        enabled = Compressor(compressor, level, min_size, max_size, dictionary)
+        more = {"sha512": hashlib.sha512(dictionary).digest(), "dictionary": dictionary}
+        return self._enable(m.EnableZstdCustom, enabled, now, more, allowed=self._training)
+
+    def disable_custom(self, compressor: int, now: float) -> bytes:
+        """What the subscriber sends until it knows is still taken."""
+        if compressor < FIRST_CUSTOM or compressor not in self.compressors:
+            raise LocalProtocolError(f"compressor {compressor} cannot be disabled")
+        if self._sending is not None and self._sending.payload.compressor == compressor:
+            raise LocalProtocolError(f"a body with compressor {compressor} was begun")
+        frame = self._send(m.DisableZstdCustom, now, {"compressor": compressor})
+        self._retired[compressor] = self.compressors.pop(compressor), self._asked
+        return frame
+
+    def _enable(
+        self,
+        cls: type[Message],
+        enabled: Compressor,
+        now: float,
+        more: Mapping[str, Any],
+        *,
+        allowed: bool,
+    ) -> bytes:
+        if not allowed:
+            raise LocalProtocolError("the subscriber did not ask for such a compressor")
+        if enabled.id in self.compressors or enabled.id in self._retired:
+            raise LocalProtocolError(f"compressor {enabled.id} was enabled already")
+        if len(self.compressors) >= self.limits.compressors:
+            raise LocalProtocolError(f"{len(self.compressors)} compressors are enabled")
+        fields = {
+            "compressor": enabled.id,
+            "level": enabled.level,
+            "min_size": enabled.min_size,
+            "max_size": enabled.max_size,
+            **more,
+        }
+        frame = self._send(cls, now, fields)
+        self.compressors[enabled.id] = enabled
+        return frame
+
+    def _body_sent(self, sent: _Sending) -> None:
+        if not self._counts_parts:
+            self._counter = sent.after_start
+
+    def _on_configure(self, message: m.Configure, now: float) -> Event:
+        self._verify(message, now)
+        self._zstd = self._zstd and message.enable_zstd
+        self._training = self._zstd and self._training and message.enable_training
+        wish = message.initial_dict
+        if self._zstd and wish > WITHOUT_DICTIONARY and wish not in self._presets:
+            raise RemoteProtocolError(f"no preset dictionary has the id {wish}")
+        self._subscriber_nonce = message.subscriber_nonce
+        self.phase = Phase.CONFIGURED
+        return Configured(message, self._zstd, self._training)
+
+    def _on_asked(self, message: Any, now: float) -> Event:
+        url = self._verify(message, now)
+        if contradiction := self._contradiction(message):
+            raise RemoteProtocolError(contradiction)
+        self._change(message)
+        if len(self.topics) + len(self.globs) > self.limits.subscriptions:
+            raise RemoteProtocolError("too many subscriptions", status=429)
+        return SubscriptionAsked(self._owe(message, url), message)
+
+    def _verify(self, message: Any, now: float, *covers: Mapping[str, Any]) -> str:
+        url = super()._verify(message, now, *covers)
+        if self._counts_parts is None and _never_from_older_client(message):
+            self._counts_parts = True
+        return url
+
+    def _on_answer(self, message: Message, now: float) -> Event:
+        event = super()._on_answer(message, now)
+        answered = self._asked - len(self._unanswered)
+        self._retired = {i: r for i, r in self._retired.items() if r[1] >= answered}
+        return event
+
+
+def _never_from_older_client(message: Any) -> bool:
+    if isinstance(message, m.Notify | m.StreamStart) and len(message.identifier) != 4:
+        return True
+    if isinstance(message, m.ConfirmReceive) and message.num_subscribers != 1:
+        return True
+    return bool(message.tracing)
+
+
+def _exchange(message: Any, url: str = "", *, head: Any = None, last: bool = True) -> Exchange:
+    """What is due for `message`, the same on both ends.
+
+    Args:
+        url: over which the message is signed.
+        head: what began the body that `message` has, or has a part of.
+    """
+    rule = RULES[type(message)]
+    answer = rule.answer if last else rule.more
+    assert answer is not None  # asked of nothing else
+    if head is None:
+        key = "glob" if "glob" in message.HEADERS else "topic"
+        return Exchange(answer, {key: getattr(message, key)}, [_url_fields(Url.REQUEST, url)])
+    if not last:
+        return Exchange(answer, {"identifier": head.identifier, "part_id": message.part_id}, [{}])
+    signed = [{"topic": head.topic, "sha512": head.sha512}]
+    if isinstance(head, Payload) and head.decompressed_sha512 is not None:
+        signed.append({"topic": head.topic, "sha512": head.decompressed_sha512})
+    return Exchange(answer, {"identifier": head.identifier}, signed)
+
+
+def _given(answer: type[Message], subscribers: int) -> dict[str, Any]:
+    if answer is m.ConfirmNotify:
+        return {"subscribers": subscribers}
+    return {"num_subscribers": 1} if answer is m.ConfirmReceive else {}
