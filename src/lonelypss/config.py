@@ -148,6 +148,110 @@ class BroadcasterConfig:
         150, "attempts", "After which a notice is given up; by default after about three days.",
         least=1,
     )  # fmt: skip
+    max_websockets: int = _option(
+        10_000, "connections", "Websockets of one process; above it 503 with Retry-After.", least=0
+    )
+    websocket_origins: str = _option(
+        "",
+        "origins",
+        "Web pages that may open websockets, e.g. https://a.example,https://b.example. Programs"
+        " send no Origin and are always allowed.",
+    )
+    websocket_open_timeout: float = _option(
+        10.0, "seconds", "In which a new websocket must say what it wants.", least=0.1
+    )
+    websocket_ack_timeout: float = _option(
+        30.0,
+        "seconds",
+        "A websocket that acknowledges nothing for so long, though it was sent something, is"
+        " disconnected.",
+        least=0.1,
+    )
+    websocket_max_message_size: int = _option(
+        16 * MIB,
+        "bytes",
+        "Largest frame taken from a websocket; larger messages come in parts. A larger frame ends"
+        " the connection (1009).",
+        least=64 * 1024,
+    )
+    outgoing_max_ws_message_size: int = _option(
+        3_670_016,
+        "bytes",
+        "Largest frame sent to a websocket; older clients take 4 MiB at most.",
+        least=4096,
+    )
+    websocket_minimal_headers: bool = _option(
+        True, "true | false", "Leave out the names of the headers of websocket messages."
+    )
+    websocket_send_max_unacknowledged: int = _option(
+        1024,
+        "frames",
+        "Sent to one websocket and not acknowledged; what comes on top waits.",
+        least=1,
+    )
+    websocket_max_unprocessed_receives: int = _option(
+        255,
+        "frames",
+        "Taken from one websocket and not answered; above it nothing more is read from it.",
+        least=1,
+    )
+    websocket_max_pending_sends: int = _option(
+        10_000,
+        "messages",
+        "Waiting for one websocket. One more, and it is disconnected as too slow (4408).",
+        least=1,
+    )
+    websocket_max_pending_bytes: int = _option(
+        64 * MIB,
+        "bytes",
+        "In memory for messages that wait for one websocket. If a second message exceeds it, the"
+        " websocket is disconnected as too slow (4408).",
+        least=0,
+    )
+    websocket_max_subscriptions: int = _option(
+        10_000, "subscriptions", "Of one websocket; one more ends the connection (4429).", least=1
+    )
+    compression_allowed: bool = _option(
+        True,
+        "true | false",
+        "Whether bodies travel zstd-compressed over websockets, where the client agrees; needs the"
+        " package zstandard.",
+    )
+    compression_level: int = _option(3, "level", "zstd level without a dictionary, 1 to 19.", least=1)
+    compression_min_size: int = _option(
+        32, "bytes", "Smaller bodies are not compressed, dictionary or not.", least=1
+    )
+    compression_trained_max_size: int = _option(
+        16_384,
+        "bytes",
+        "Bodies from this size on are compressed without a dictionary, smaller ones with one, if"
+        " there is one.",
+        least=1,
+    )
+    compression_dictionaries: str = _option(
+        "",
+        "id=path[:level]",
+        "Preset dictionaries, comma-separated, with ids from 2 to 65535; clients have the same"
+        " ones under the same ids.",
+    )
+    compression_training: bool = _option(
+        False,
+        "true | false",
+        "Whether dictionaries are trained from the messages of all websockets that agree, and sent"
+        " to them. Saves bandwidth with many small, similar messages, and costs time.",
+    )
+    compression_training_low_watermark: int = _option(
+        100 * 1024, "bytes", "Of messages, after which a first, small dictionary is made.", least=1
+    )
+    compression_training_high_watermark: int = _option(
+        10 * MIB, "bytes", "Of messages, after which a larger dictionary is made.", least=1
+    )
+    compression_retrain_interval: float = _option(
+        216_000.0, "seconds", "Between two dictionaries after that.", least=1
+    )
+    decompression_max_window_size: int = _option(
+        8 * MIB, "bytes", "Of zstd data that is accepted.", least=1024
+    )
     auth: AuthConfig = field(default=AuthConfig(Nothing(), Nothing()), repr=False)
 
     def __post_init__(self) -> None:
@@ -196,8 +300,8 @@ class Option:
         if self._optional and text.lower() in ("", "none"):
             return None
         try:
-            return self._kind(text)
-        except ValueError:
+            return _SWITCH[text.lower()] if self._kind is bool else self._kind(text)
+        except (KeyError, ValueError):
             raise ConfigError(f"{self.name}: {text!r} is not {self._wanted}") from None
 
     def check(self, value: Any) -> None:
@@ -205,7 +309,7 @@ class Option:
         if value is None and self._optional:
             return
         fits = isinstance(value, (int, float) if self._kind is float else self._kind)
-        if not fits or isinstance(value, bool):
+        if not fits or isinstance(value, bool) is not (self._kind is bool):
             raise ConfigError(f"{self.name}: {value!r} is not {self._wanted}")
         if self.least is not None and not (math.isfinite(value) and value >= self.least):
             none = ", or none" if self._optional else ""
@@ -223,7 +327,11 @@ class Option:
 
     @property
     def _wanted(self) -> str:
-        return self.unit if issubclass(self._kind, StrEnum) else str(self._kind.__name__)
+        listed = self._kind is bool or issubclass(self._kind, StrEnum)
+        return self.unit if listed else str(self._kind.__name__)
+
+
+_SWITCH = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 
 def _kinds(annotation: Any) -> tuple[type, ...]:
