@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from typing import BinaryIO
 
 from lonelypsp.errors import RemoteProtocolError
@@ -21,8 +22,12 @@ from lonelypsp.errors import RemoteProtocolError
 DEFAULT_MEMORY_LIMIT = 10 * 1024 * 1024
 
 
+def _nothing() -> None:
+    pass
+
+
 class Body:
-    """A finished body.
+    """A finished body. Whoever gets it closes it; `share` makes another one who has to.
 
     Attributes:
         length: bytes.
@@ -30,13 +35,22 @@ class Body:
         data: the bytes themselves when they are in memory, else None.
     """
 
-    __slots__ = ("_file", "data", "length", "sha512")
+    __slots__ = ("_file", "_freed", "_holders", "data", "length", "sha512")
 
-    def __init__(self, data: bytes | None, file: BinaryIO | None, length: int, sha512: bytes):
+    def __init__(
+        self,
+        data: bytes | None,
+        file: BinaryIO | None,
+        length: int,
+        sha512: bytes,
+        freed: Callable[[], None] = _nothing,
+    ) -> None:
         self.data = data
         self._file = file
         self.length = length
         self.sha512 = sha512
+        self._freed = freed
+        self._holders = 1
 
     @classmethod
     def of(cls, data: bytes) -> Body:
@@ -64,12 +78,21 @@ class Body:
         """A readable, seekable binary file over the body, with a position of its own."""
         return io.BufferedReader(_BodyFile(self))
 
+    def share(self) -> Body:
+        """The same body for one more holder."""
+        self._holders += 1
+        return self
+
     def close(self) -> None:
-        """Frees memory and disk; reading fails from now on."""
+        """When the last holder closes it, memory and disk are freed; reading fails from then on."""
+        self._holders -= 1
+        if self._holders != 0:
+            return
         self.data = None
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._freed()
 
 
 class _BodyFile(io.RawIOBase):
@@ -111,6 +134,7 @@ class Spool:
         memory_limit: bytes; a body declared longer goes to a temporary file.
         directory: where that file is made; None: the system's temporary directory. It has no
             name, so it is gone with the process, however that ends.
+        freed: called once, when all is freed again: the spool, or the body it became.
     """
 
     def __init__(
@@ -119,6 +143,7 @@ class Spool:
         *,
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
         directory: str | None = None,
+        freed: Callable[[], None] = _nothing,
     ) -> None:
         self.length = length
         self.written = 0
@@ -127,12 +152,13 @@ class Spool:
         self._file: BinaryIO | None = None
         if length > memory_limit:
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self._freed = freed
 
     @property
     def on_disk(self) -> bool:
         return self._file is not None
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Appends `chunk`.
 
         Raises:
@@ -165,8 +191,8 @@ class Spool:
         if self._hash.digest() != sha512:
             raise RemoteProtocolError("the message does not have the SHA-512 that came with it")
         data = None if self._file else self._memory.getvalue()
-        body = Body(data, self._file, self.length, sha512)
-        self._file, self._memory = None, io.BytesIO()
+        body = Body(data, self._file, self.length, sha512, self._freed)
+        self._file, self._memory, self._freed = None, io.BytesIO(), _nothing
         return body
 
     def close(self) -> None:
@@ -175,6 +201,8 @@ class Spool:
         if self._file is not None:
             self._file.close()
             self._file = None
+        freed, self._freed = self._freed, _nothing
+        freed()
 
     def __enter__(self) -> Spool:
         return self

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lonelypss.config import BroadcasterConfig, database_path
 from lonelypss.fanout import Fanout
+from lonelypss.intake import Intake
 from lonelypss.missed import MissedNotices
 from lonelypss.routes import ASGIApp, Receive, Routes, Scope, Send, respond
 from lonelypss.sender import Sender
@@ -40,7 +41,8 @@ class Broadcaster:
         self.sender = Sender(config)
         self.missed = MissedNotices(config, self.store, self.sender)
         self.fanout = Fanout(config, self.store, self.sender, self.missed)
-        self.routes = Routes(config, self.store, self.fanout)
+        self.intake = Intake(config)
+        self.routes = Routes(config, self.store, self.fanout, self.intake)
         self._running = AsyncExitStack()
 
     @property

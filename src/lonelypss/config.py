@@ -217,7 +217,9 @@ class BroadcasterConfig:
         "Whether bodies travel zstd-compressed over websockets, where the client agrees; needs the"
         " package zstandard.",
     )
-    compression_level: int = _option(3, "level", "zstd level without a dictionary, 1 to 19.", least=1)
+    compression_level: int = _option(
+        3, "level", "zstd level without a dictionary, 1 to 19.", least=1
+    )
     compression_min_size: int = _option(
         32, "bytes", "Smaller bodies are not compressed, dictionary or not.", least=1
     )

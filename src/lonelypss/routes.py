@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 from lonelypsp.bodies import (
@@ -32,10 +33,10 @@ from lonelypsp.bodies import (
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
-from lonelypsp.spool import Body, Spool
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import Fanout
+from lonelypss.intake import Intake, NoRoom, fill
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 
@@ -48,8 +49,6 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LONG_LIST = 100_000
 """Bytes from which a list of subscriptions is taken apart in a thread."""
-WRITE_SIZE = 1024 * 1024
-"""Bytes gathered before one write to a spool on disk."""
 
 
 class Refused(Exception):
@@ -82,7 +81,7 @@ class Route:
             body = await self._handler(scope, receive)
         except Disconnected:
             log.info("%s: the peer left before its request was complete", scope["path"])
-        except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable) as e:
+        except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, NoRoom) as e:
             refused = as_refused(e)
             level = logging.WARNING if refused.status >= 500 else logging.INFO
             log.log(level, "%r answered %d: %s", scope["path"], refused.status, refused)
@@ -101,6 +100,8 @@ def as_refused(e: Exception) -> Refused:
             return e
         case RemoteProtocolError():
             return Refused(e.status, str(e))
+        case NoRoom():
+            return Refused(e.status, str(e), e.retry_after)
         case UrlRefused():
             return Refused(400, f"url-syntax: {e}")
         case StoreUnavailable():
@@ -125,13 +126,15 @@ async def respond(
 class Routes:
     """The endpoints of one broadcaster."""
 
-    def __init__(self, config: BroadcasterConfig, store: Store, fanout: Fanout) -> None:
+    def __init__(
+        self, config: BroadcasterConfig, store: Store, fanout: Fanout, intake: Intake
+    ) -> None:
         self.config = config
         self.store = store
         self.fanout = fanout
+        self.intake = intake
         self.draining = False
         self.notifies = 0
-        self._spooled = 0
         handlers: dict[str, Callable[[Scope, Receive], Awaitable[bytes]]] = {
             "/v1/subscribe/exact": self.subscribe_exact,
             "/v1/subscribe/glob": self.subscribe_glob,
@@ -216,62 +219,15 @@ class Routes:
             head, rest, more = await _notify_head(receive)
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
             self._check(scope, head.tracing, signed)
-            with ExitStack() as held:
-                try:
-                    body = await self._message(head, rest, more, receive, held)
-                except OSError as e:
-                    why = f"cannot spool the message (spool_directory): {e.strerror}"
-                    raise Refused(507, why) from e
-                held.callback(body.close)
-                count = await self.fanout.notify(head.topic, body)
+            with self.intake.spool(head.length) as spool:
+                await fill(spool, rest, more, partial(_chunk, receive))
+                with closing(spool.finish(head.sha512)) as body:
+                    count = await self.fanout.notify(head.topic, body)
         finally:
             self.notifies -= 1
         tracing = smallest_trace(received_ns, time.time_ns())
         authorization = self._authorize(scope, tracing, {**signed, "subscribers": count})
         return encode(ResponseNotify(authorization, tracing, count, head.identifier))
-
-    async def _message(
-        self, head: NotifyHead, rest: bytes, more: bool, receive: Receive, held: ExitStack
-    ) -> Body:
-        """Receives the message behind `head`; what it occupies is freed with `held`."""
-        on_disk = head.length > self.config.message_body_spool_size
-        if on_disk:
-            self._reserve(head.length, held)
-        spool = held.enter_context(
-            Spool(
-                head.length,
-                memory_limit=self.config.message_body_spool_size,
-                directory=self.config.spool_directory,
-            )
-        )
-        if not on_disk:
-            spool.write(rest)
-            while more:
-                rest, more = await _chunk(receive)
-                spool.write(rest)
-            return spool.finish(head.sha512)
-        gathered, size = [rest], len(rest)
-        while more:
-            rest, more = await _chunk(receive)
-            gathered.append(rest)
-            size += len(rest)
-            if size >= WRITE_SIZE:
-                await asyncio.to_thread(spool.write, b"".join(gathered))
-                gathered, size = [], 0
-        await asyncio.to_thread(spool.write, b"".join(gathered))
-        return spool.finish(head.sha512)
-
-    def _reserve(self, length: int, held: ExitStack) -> None:
-        quota = self.config.spool_quota
-        if length > quota:
-            raise Refused(413, f"a message of {length:,} bytes exceeds spool_quota ({quota:,})")
-        if self._spooled + length > quota:
-            raise Refused(507, f"spool_quota ({quota:,} bytes) is used up, try again later", 5)
-        self._spooled += length
-        held.callback(self._release, length)
-
-    def _release(self, length: int) -> None:
-        self._spooled -= length
 
     async def _whole_body(self, receive: Receive) -> bytes:
         parts, size, more = [], 0, True

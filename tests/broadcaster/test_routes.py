@@ -688,7 +688,7 @@ async def test_spool_boundary(extra: int, tmp_path: Path) -> None:
             assert await running.notify(message=message) == 1
             assert subscriber.requests[0].message == message
             assert not spool_files(tmp_path)
-            assert running.broadcaster.routes._spooled == 0
+            assert running.broadcaster.intake.used == 0
 
 
 def spool_files(directory: Path) -> list[str]:
@@ -719,7 +719,7 @@ async def test_message_that_ends_at_99_percent(on_disk: bool, tmp_path: Path) ->
                 writer.transport.abort()
             await until(lambda: running.broadcaster.routes.notifies == 0)
             await until(lambda: not spool_files(tmp_path))
-            assert running.broadcaster.routes._spooled == 0
+            assert running.broadcaster.intake.used == 0
             assert not subscriber.requests
 
 
@@ -778,7 +778,7 @@ async def test_spool_quota(tmp_path: Path) -> None:
             data = running.peer.notify(message=b"x" * 30_000).bytes()
             reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
             writer.write(data[:-1])
-            await until(lambda: routes._spooled == 30_000)
+            await until(lambda: routes.intake.used == 30_000)
             second = running.peer.notify(message=b"x" * 20_001)
             response = await running.send(second)
             assert (response.status, response.headers["retry-after"]) == (507, "5")
@@ -789,7 +789,7 @@ async def test_spool_quota(tmp_path: Path) -> None:
             writer.close()
             await writer.wait_closed()
         assert await running.notify(message=b"x" * 20_001) == 0
-        assert routes._spooled == 0
+        assert routes.intake.used == 0
 
 
 async def test_spool_directory_that_cannot_be_used_is_507(tmp_path: Path) -> None:
@@ -798,7 +798,7 @@ async def test_spool_directory_that_cannot_be_used_is_507(tmp_path: Path) -> Non
         response = await running.send(running.peer.notify(message=b"x" * 100))
         assert response.status == 507
         assert b"spool_directory" in response.body
-        assert running.broadcaster.routes._spooled == 0
+        assert running.broadcaster.intake.used == 0
         assert await running.notify(message=b"x" * 10) == 0
 
 
@@ -813,7 +813,7 @@ async def test_disk_that_is_full_is_507(monkeypatch: pytest.MonkeyPatch) -> None
         response = await running.send(running.peer.notify(message=b"x" * 100))
         assert response.status == 507
         assert b"No space left" in response.body
-        assert running.broadcaster.routes._spooled == 0
+        assert running.broadcaster.intake.used == 0
 
 
 async def test_too_many_messages_at_once() -> None:
