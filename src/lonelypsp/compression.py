@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from threading import get_ident
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lonelypsp.errors import LocalProtocolError, RemoteProtocolError
 from lonelypsp.messages import Buffer
@@ -38,6 +39,8 @@ _BLOCK_MAX = 128 * 1024
 # of the zstd format, RFC 8878
 _MAGIC = 0xFD2FB528
 _SKIPPABLE = 0x184D2A50  # to ...5F
+_HEAD = 5
+_KNOWS_SIZE = 0xE0
 _HAS_CHECKSUM = 4
 _RLE, _COMPRESSED = 1, 2
 
@@ -51,6 +54,18 @@ def decompress(
     max_ratio: int = MAX_RATIO,
 ) -> bytes:
     """What `data` was before compression, see `decompress_pieces`."""
+    if 0 < expected_length <= _PIECE and len(data) > _HEAD and data[4] & _KNOWS_SIZE == 0:
+        # The usual small frame, at once: the decoder stops at what is expected. Anything else
+        # about it is found out below.
+        zstd = _zstd()
+        try:
+            whole: bytes = _decoder(dictionary, max_window_size, get_ident()).decompress(
+                data, max_output_size=expected_length, allow_extra_data=False
+            )
+        except zstd.ZstdError:
+            whole = b""
+        if len(whole) == expected_length:
+            return whole
     return b"".join(
         decompress_pieces(
             data,
@@ -119,6 +134,13 @@ def compress(data: Buffer, *, dictionary: bytes | None, level: int) -> bytes:
     Raises:
         LocalProtocolError: zstd is not installed, or the dictionary is unusable.
     """
+    if len(data) <= _PIECE:
+        zstd = _zstd()
+        try:
+            whole: bytes = _encoder(dictionary, min(level, MAX_LEVEL), get_ident()).compress(data)
+        except zstd.ZstdError as e:
+            raise LocalProtocolError(f"compression at level {level}: {e}") from e
+        return whole
     return b"".join(compress_pieces([data], length=len(data), dictionary=dictionary, level=level))
 
 
@@ -216,6 +238,32 @@ def _cut_off() -> RemoteProtocolError:
 def _dictionary(dictionary: bytes | None) -> zstandard.ZstdCompressionDict | None:
     # its first use prepares it, which takes much longer than decoding a small body does
     return None if dictionary is None else _zstd().ZstdCompressionDict(dictionary)
+
+
+# Preparing a dictionary takes longer than coding a small body with it. A coder works for one thread
+# at a time, so each thread has its own.
+
+
+@lru_cache(maxsize=64)
+def _encoder(dictionary: bytes | None, level: int, thread: int) -> Any:
+    prepared = None
+    if dictionary is not None:
+        prepared = _zstd().ZstdCompressionDict(dictionary)
+        prepared.precompute_compress(level=level)
+    return _zstd().ZstdCompressor(
+        level=level,
+        dict_data=prepared,
+        write_content_size=False,
+        write_checksum=False,
+        write_dict_id=False,
+    )
+
+
+@lru_cache(maxsize=64)
+def _decoder(dictionary: bytes | None, max_window_size: int, thread: int) -> Any:
+    return _zstd().ZstdDecompressor(
+        dict_data=_dictionary(dictionary), max_window_size=max_window_size
+    )
 
 
 def _zstd() -> ModuleType:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 import tempfile
 from collections.abc import Callable
@@ -73,6 +74,14 @@ class Body:
         if file is None:
             raise ValueError("the body is closed: a message is valid until the next iteration")
         return os.pread(file.fileno(), length, offset)
+
+    def view(self) -> memoryview:
+        """All of it, without reading what is on disk before it is looked at."""
+        if self.data is not None:
+            return memoryview(self.data)
+        if self._file is None:
+            raise ValueError("the body is closed")
+        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def open(self) -> BinaryIO:
         """A readable, seekable binary file over the body, with a position of its own."""
@@ -190,8 +199,12 @@ class Spool:
             )
         if self._hash.digest() != sha512:
             raise RemoteProtocolError("the message does not have the SHA-512 that came with it")
+        return self.seal()
+
+    def seal(self) -> Body:
+        """The body as it was written, where nobody could know its length or hash before."""
         data = None if self._file else self._memory.getvalue()
-        body = Body(data, self._file, self.length, sha512, self._freed)
+        body = Body(data, self._file, self.written, self._hash.digest(), self._freed)
         self._file, self._memory, self._freed = None, io.BytesIO(), _nothing
         return body
 
