@@ -545,6 +545,19 @@ async def test_the_file_of_another_program_is_refused(path: Path) -> None:
     await refused(path, "another program")
 
 
+async def test_an_older_schema_is_brought_up_to_date(path: Path) -> None:
+    db = sqlite3.connect(path)
+    db.executescript(module._MIGRATIONS[0] + "PRAGMA user_version = 1;")
+    db.execute("INSERT INTO subscriptions (kind, pattern, url) VALUES (1, x'2a', ?)", (A,))
+    db.commit()
+    db.close()
+    async with opened(SqliteStore(str(path))) as store:
+        assert [s.url for s in await store.match(b"t")] == [A]
+        await store.renew_peer(A, until=2.0, now=1.0)
+        assert await store.drop_dead_peers(2.0) == [A]
+        assert await store.match(b"t") == []
+
+
 async def test_a_newer_schema_is_refused(path: Path) -> None:
     await make(path)
     db = sqlite3.connect(path)

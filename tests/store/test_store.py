@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -521,6 +521,51 @@ async def test_a_precaution_is_taken_back_unless_something_happened(
     assert (await store.counts())["missed"] == left
 
 
+# Other broadcasters
+
+
+async def test_a_peer_is_alive_until_its_time_is_over(store: Store) -> None:
+    assert not await store.renew_peer(A, until=30.0, now=0.0)
+    assert await store.renew_peer(A, until=40.0, now=29.9)
+    assert not await store.renew_peer(A, until=70.0, now=40.0)
+    assert not await store.renew_peer(B, until=70.0, now=40.0)
+
+
+async def test_dead_peers_leave_no_subscriptions(store: Store) -> None:
+    for url, until in [(A, 30.0), (B, 31.0)]:
+        await store.renew_peer(url, until, now=0.0)
+        await store.subscribe(Kind.EXACT, b"t", url, RECOVERY)
+        await store.subscribe(Kind.GLOB, b"*", url, RECOVERY)
+    await store.subscribe(Kind.EXACT, b"t", "http://client/receive", None)
+    await store.record_missed([(s, b"t") for s in await store.match(b"t")], due=1.0)
+    assert await store.drop_dead_peers(29.9) == []
+    assert await store.drop_dead_peers(30.0) == [A]
+    assert await store.drop_dead_peers(30.0) == []
+    assert urls(await store.match(b"t")) == [B, B, "http://client/receive"]
+    assert (await store.counts())["missed"] == 2
+
+
+async def test_a_peer_that_was_only_asleep_is_found_again(store: Store) -> None:
+    await store.renew_peer(A, until=30.0, now=0.0)
+    await store.drop_dead_peers(30.0)
+    await store.subscribe(Kind.EXACT, b"t", A, None)
+    assert await store.drop_dead_peers(31.0) == [A]
+    await store.drop_dead_peers(30.0 + 86_400)
+    await store.subscribe(Kind.EXACT, b"t", A, None)
+    assert await store.drop_dead_peers(31.0 + 86_400) == []
+
+
+async def test_a_peer_that_stops_takes_its_subscriptions_along(store: Store) -> None:
+    for url in (A, B):
+        await store.renew_peer(url, until=30.0, now=0.0)
+        await store.subscribe(Kind.EXACT, b"t", url, None)
+    await store.remove_peer(A)
+    await store.remove_peer(A)
+    assert urls(await store.match(b"t")) == [B]
+    assert not await store.renew_peer(A, until=40.0, now=1.0)
+    assert await store.renew_peer(B, until=40.0, now=1.0)
+
+
 # All of it at random, against a dict
 
 
@@ -557,6 +602,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.missed: dict[tuple[int, bytes], Missed] = {}
         self.ids_seen: set[int] = set()
         self.notice_ids_seen: set[int] = set()
+        self.alive: dict[str, float] = {}
         self.now = 1000.0
         self.store = self.factory.make(Path(self.directory.name))
         self.run(self.store.open())
@@ -718,6 +764,31 @@ class StoreMachine(RuleBasedStateMachine):
         if m := self.row_of(notice):
             m.attempts = m.attempts + 1 if m.generation == notice.generation else 0
             m.due, m.lease = self.now + delay, 0.0
+
+    @rule(url=URLS, lease=st.integers(1, 60))
+    def renew_peer(self, url: str, lease: int) -> None:
+        was_alive = self.alive.get(url, 0.0) > self.now
+        until = self.now + lease
+        assert self.run(self.store.renew_peer(url, until, self.now)) == was_alive
+        self.alive[url] = until
+
+    @rule(url=URLS)
+    def remove_peer(self, url: str) -> None:
+        self.run(self.store.remove_peer(url))
+        self.alive.pop(url, None)
+        self.drop_all({url})
+
+    @rule()
+    def drop_dead_peers(self) -> None:
+        dead = {url for url, until in self.alive.items() if until <= self.now}
+        assert self.run(self.store.drop_dead_peers(self.now)) == self.drop_all(dead)
+
+    def drop_all(self, urls: Collection[str]) -> list[str]:
+        gone = [key for key in self.rows if key[2] in urls]
+        for key in gone:
+            self.remove(key)
+        self.learn_ids()
+        return sorted({key[2] for key in gone})
 
     @precondition(lambda self: self.factory.shared)
     @rule()

@@ -155,6 +155,25 @@ class Store(Protocol):
     async def next_due(self) -> float | None:
         """When the first notice can be claimed, if there is any."""
 
+    async def renew_peer(self, url: str, until: float, now: float) -> bool:
+        """Let the broadcaster that gets messages at `url` count as alive until then.
+
+        Returns:
+            Whether it did at `now`. If not, others may have removed its subscriptions.
+        """
+
+    async def remove_peer(self, url: str) -> None:
+        """Remove the subscriptions of a broadcaster that stops, and that it is alive."""
+
+    async def drop_dead_peers(self, now: float) -> list[str]:
+        """Remove the subscriptions of all broadcasters that no longer count as alive.
+
+        One that was only asleep, and subscribes again before it renews, is found again for a day.
+
+        Returns:
+            The urls that had subscriptions, sorted.
+        """
+
     async def counts(self) -> dict[str, int]:
         """How many `exact`, `glob` and `missed` rows there are, for operators."""
 

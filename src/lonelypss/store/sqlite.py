@@ -44,6 +44,7 @@ _MATCH = _SQL["match"]
 _QUEUE_LIMIT = 10_000
 _OPEN_TIMEOUT = 10.0  # others may be migrating
 _LOCK_PAUSE = 0.01
+_FORGET_PEER = 86_400.0
 # Changed globs that are taken over in one go; more would hold up the event loop.
 _SLICE = 500
 
@@ -191,6 +192,31 @@ class SqliteStore:
     async def next_due(self) -> float | None:
         row = await self._read(lambda db: db.execute(_SQL["next_due"]).fetchone())
         return float(row[0]) if row else None
+
+    # Other broadcasters
+
+    async def renew_peer(self, url: str, until: float, now: float) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            was_alive = db.execute(_SQL["peer_alive"], (url, now)).fetchone() is not None
+            db.execute(_SQL["renew_peer"], (url, until))
+            return was_alive
+
+        return await self._write(work)
+
+    async def remove_peer(self, url: str) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_SQL["drop_of_url"], (url,))
+            db.execute(_SQL["remove_peer"], (url,))
+
+        await self._write(work)
+
+    async def drop_dead_peers(self, now: float) -> list[str]:
+        def work(db: sqlite3.Connection) -> list[str]:
+            dropped = db.execute(_SQL["drop_of_dead_peers"], (now,)).fetchall()
+            db.execute(_SQL["forget_dead_peers"], (now - _FORGET_PEER,))
+            return sorted({url for (url,) in dropped})
+
+        return await self._write(work)
 
     async def counts(self) -> dict[str, int]:
         row = await self._read(lambda db: db.execute(_SQL["counts"]).fetchone())

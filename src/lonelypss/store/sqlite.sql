@@ -58,6 +58,9 @@ WHEN NEW.recovery IS NULL BEGIN
     DELETE FROM missed WHERE subscription_id = NEW.id;
 END;
 
+-- name: migration_2
+CREATE TABLE peers (url TEXT PRIMARY KEY, alive_until REAL NOT NULL) WITHOUT ROWID;
+
 -- name: match
 -- One statement is one snapshot: the glob version is that of the moment of the exact rows. It
 -- stands in every row, and there is at least one.
@@ -125,6 +128,26 @@ WHERE id = ?;
 
 -- name: next_due
 SELECT max(due, lease_until) FROM missed ORDER BY max(due, lease_until) LIMIT 1;
+
+-- name: peer_alive
+SELECT 1 FROM peers WHERE url = ? AND alive_until > ?;
+
+-- name: renew_peer
+INSERT INTO peers (url, alive_until) VALUES (?, ?)
+ON CONFLICT (url) DO UPDATE SET alive_until = excluded.alive_until;
+
+-- name: remove_peer
+DELETE FROM peers WHERE url = ?;
+
+-- name: drop_of_url
+DELETE FROM subscriptions WHERE url = ?;
+
+-- name: drop_of_dead_peers
+DELETE FROM subscriptions WHERE url IN (SELECT url FROM peers WHERE alive_until <= ?)
+RETURNING url;
+
+-- name: forget_dead_peers
+DELETE FROM peers WHERE alive_until <= ?;
 
 -- name: counts
 SELECT (SELECT count(*) FROM subscriptions WHERE kind = 0),
