@@ -35,6 +35,12 @@ from lonelypss.store.sqlite import SqliteStore
 DEFAULT_PORT = 3003
 _KINDS = click.Choice(["hmac", "token", "none"])
 _GROUPS = (
+    ("peer_", "Other broadcasters"),
+    ("max_websockets", "Websockets"),
+    ("websocket_", "Websockets"),
+    ("outgoing_max_ws_", "Websockets"),
+    ("compression_", "Compression"),
+    ("decompression_", "Compression"),
     ("outgoing_", "Deliveries to subscribers"),
     ("missed_", "MISSED notices"),
     ("sweep_", "MISSED notices"),
@@ -288,6 +294,12 @@ def serve(
         raise ConfigError(
             f"db: {loaded.config.db} is a database inside one process; --workers {workers} needs"
             " one in a file, e.g. --db sqlite:///lonelypss.db"
+        )
+    peer_url = loaded.config.peer_url
+    if peer_url is not None and "{port}" not in peer_url and workers > 1:
+        raise ConfigError(
+            f"peer_url: {peer_url} leads to any of the {workers} workers, and must lead to one:"
+            " write {port} for its port, or leave peer_url out"
         )
     if secrets is None:
         click.echo(

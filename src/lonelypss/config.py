@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -148,6 +149,23 @@ class BroadcasterConfig:
         150, "attempts", "After which a notice is given up; by default after about three days.",
         least=1,
     )  # fmt: skip
+    peer_url: str | None = _option(
+        None,
+        "url",
+        "Where other broadcasters on the same database reach this process, so that their messages"
+        " get to its websockets. By default derived from a port that it opens for that; {port}"
+        " stands for that port. Without {port}, it leads to the main port, and none is opened.",
+    )
+    peer_host: str = _option(
+        "127.0.0.1", "address", "Where that port is opened. Bind to an internal address."
+    )
+    peer_lease: float = _option(
+        30.0,
+        "seconds",
+        "Without a sign of life, after which the others forget a broadcaster; at most a third"
+        " later they have.",
+        least=1,
+    )
     max_websockets: int = _option(
         10_000, "connections", "Websockets of one process; above it 503 with Retry-After.", least=0
     )
@@ -318,6 +336,8 @@ class Option:
             raise ConfigError(f"{self.name} is {value}, must be at least {self.least:g}{none}")
         if self.name == "db":
             database_path(value)
+        if self.name == "peer_url":
+            _check_peer_url(value)
 
     @property
     def _optional(self) -> bool:
@@ -409,6 +429,17 @@ def _read_file(file: Path | None) -> dict[str, Any]:
             f"{file}: unknown option {unknown[0]!r}; `lonelypss check-config` lists them all"
         )
     return document
+
+
+_PEER_URL = re.compile(r"https?://[^\s/?#{}]+(/[^\s/?#{}]+)*")
+
+
+def _check_peer_url(url: str) -> None:
+    if not _PEER_URL.fullmatch(url.replace("{port}", "1")):
+        raise ConfigError(
+            f"peer_url: {url!r} is not like http://10.0.0.5:3003 or http://10.0.0.5:{{port}}, with"
+            " or without a path, but no slash at the end, no ? and no #"
+        )
 
 
 def database_path(url: str) -> str | None:

@@ -35,6 +35,9 @@ def values(row: Option) -> list[tuple[str, Any, str]]:
     """Three values of an option: as text, as it is used, and as TOML."""
     if row.name == "db":
         return [(f"sqlite:///{n}.db", f"sqlite:///{n}.db", f'"sqlite:///{n}.db"') for n in "abc"]
+    if row.name == "peer_url":
+        urls = ("http://10.0.0.5:3003", "https://[::1]:{port}/a", "http://a/{port}")
+        return [(url, url, f'"{url}"') for url in urls]
     kind = next(k for k in kinds(row) if k is not type(None))
     if issubclass(kind, StrEnum):
         return [(k.value, k, f'"{k.value}"') for k in (*kind, *kind)][1:4]
@@ -82,6 +85,17 @@ def bad_values(row: Option) -> list[tuple[str, str]]:
     kind = next(k for k in kinds(row) if k is not type(None))
     if row.name == "db":
         return [(t, f'"{t}"') for t in ("", "x", "sqlite:///", "sqlite:/x", "mysql://h/d", "none")]
+    if row.name == "peer_url":
+        bad_urls = (
+            "x",
+            "ws://a",
+            "http://",
+            "http://a/",
+            "http://a/?b",
+            "http://a#b",
+            "http://{x}",
+        )
+        return [(t, f'"{t}"') for t in bad_urls]
     if issubclass(kind, StrEnum):
         return [("", '""'), ("OBEY", '"OBEY"'), ("true", "true")]
     if kind is str:
