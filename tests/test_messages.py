@@ -21,6 +21,7 @@ from lonelypsp.connection_url import (
 from lonelypsp.errors import LocalProtocolError, RemoteProtocolError
 from lonelypsp.messages import FROM_BROADCASTER, FROM_SUBSCRIBER, Message, StreamPart, StreamStart
 from lonelypsp.signing import OPERATIONS
+from outcomes import outcome
 
 DECODERS = {"S2B": messages.decode_from_subscriber, "B2S": messages.decode_from_broadcaster}
 CLASSES = [
@@ -295,6 +296,104 @@ VALID = [bytes.fromhex(row["hex"]) for row in vectors.load("stateful")["messages
 def test_damaged_messages(direction: str, data: bytes, at: int, length: int, other: bytes) -> None:
     at %= len(data)
     decode_anything(DECODERS[direction], data[:at] + other + data[at + length :])
+
+
+# the generated functions against the walk through the layout, which they must not differ from
+
+WALKS = {
+    "S2B": (FROM_SUBSCRIBER, messages._UNPACK_FROM_SUBSCRIBER),
+    "B2S": (FROM_BROADCASTER, messages._UNPACK_FROM_BROADCASTER),
+}
+BUFFERS: list[Any] = [bytes, bytearray, memoryview]
+
+
+def same_decoded(direction: str, data: Any) -> None:
+    by_walk = outcome(lambda: messages._walk(data, WALKS[direction][0]))
+    assert outcome(lambda: DECODERS[direction](data)) == by_walk
+
+
+def same_encoded(message: Message) -> None:
+    by_walk = outcome(lambda: messages._encode_head(message, minimal=True))
+    assert outcome(lambda: messages.encode_head(message, minimal=True)) == by_walk
+
+
+@pytest.mark.parametrize(("direction", "cls"), CLASSES)
+@pytest.mark.parametrize("wrap", BUFFERS)
+@given(data=st.data())
+def test_the_quick_way_decodes_as_the_walk(
+    direction: str, cls: type[Any], wrap: Any, data: st.DataObject
+) -> None:
+    encoded = messages.encode(data.draw(any_message(cls)), minimal=True)
+    same_decoded(direction, wrap(encoded))
+    same_decoded(direction, wrap(encoded[: data.draw(st.integers(0, len(encoded)))]))
+    flipped = bytearray(encoded)
+    flipped[data.draw(st.integers(0, len(encoded) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    same_decoded(direction, wrap(flipped))
+
+
+@pytest.mark.parametrize(("direction", "cls"), CLASSES)
+@given(data=st.data())
+def test_the_quick_way_decodes_any_headers_as_the_walk(
+    direction: str, cls: type[Any], data: st.DataObject
+) -> None:
+    lengths = st.sampled_from([0, 0, 1, 1, 2, 4, 5, 8, 9, 32, 64, 65, 1_100])
+    value = lengths.flatmap(lambda n: st.just(b"\0" * n) | st.binary(min_size=n, max_size=n))
+    drawn = data.draw(st.lists(value, max_size=len(cls.HEADERS) + 1))
+    same_decoded(direction, frame(cls.TYPE, *drawn, body=data.draw(st.binary(max_size=20))))
+
+
+@pytest.mark.parametrize("direction", DECODERS)
+@given(data=st.binary(max_size=200) | st.builds(bytes.__add__, PREFIX, st.binary(max_size=300)))
+def test_the_quick_way_decodes_any_bytes_as_the_walk(direction: str, data: bytes) -> None:
+    same_decoded(direction, data)
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, 1.5, "", "text", "\ud800", "é" * 40_000, [], [1], object()),
+    *(-1, 0, 1, 255, 256, 32_767, 32_768, 65_535, 65_536, 2**31, 2**32, 2**63, 2**64, 10**400),
+    *(b"", b"x", b"x" * 31, b"x" * 32, b"x" * 64, b"x" * 65, b"x" * 1_023, b"x" * 1_024),
+    *(b"x" * 65_535, b"x" * 65_536, bytearray(b"x"), memoryview(b"x" * 64)),
+]
+
+
+@pytest.mark.parametrize(("direction", "cls"), CLASSES)
+@given(data=st.data())
+def test_the_quick_way_encodes_as_the_walk(
+    direction: str, cls: type[Any], data: st.DataObject
+) -> None:
+    message = data.draw(any_message(cls))
+    same_encoded(message)
+    name = data.draw(st.sampled_from([*cls.HEADERS, *([cls.BODY] if cls.BODY else [])]))
+    for value in ODD_VALUES:
+        same_encoded(dataclasses.replace(message, **{name: value}))
+
+
+@pytest.mark.parametrize("wrap", BUFFERS)
+@pytest.mark.parametrize("tracing", [b"", b"t" * 900, b"t" * 5_000], ids=len)
+def test_long_frames_in_any_buffer(wrap: Any, tracing: bytes) -> None:
+    """Of a view, only the first bytes are searched for headers the quick way."""
+    start = typical("B2S", "receive_stream/whole", tracing=tracing, body=b"z" * 70_000)
+    part = messages.ReceiveStreamPart(identifier=b"i", part_id=1, tracing=tracing, body=start.body)
+    for message in (start, part):
+        data = wrap(messages.encode(message, minimal=True))
+        decoded: Any = messages.decode_from_broadcaster(data)
+        assert decoded == message
+        assert decoded.body.obj is memoryview(data).obj
+
+
+@pytest.mark.parametrize(("direction", "cls"), CLASSES)
+@given(data=st.data())
+def test_ordinary_messages_go_the_quick_way(
+    direction: str, cls: type[Any], data: st.DataObject
+) -> None:
+    """All the other tests would pass if they never did."""
+    message = data.draw(any_message(cls))
+    head = cls._pack(message)
+    assert head == messages.encode_head(message, minimal=True)
+    encoded = messages.encode(message, minimal=True)
+    decoded = WALKS[direction][1][encoded[:4]](encoded, encoded)
+    assert decoded == message
+    assert hash(decoded) == hash(message)
 
 
 # what the vectors leave out

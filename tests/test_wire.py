@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lonelypsp import bodies, wire
 from lonelypsp.errors import AuthResult, Incomplete, LocalProtocolError, RemoteProtocolError
 from lonelypsp.wire import HeadParser, Reader
+from outcomes import outcome
 from strategies import messages
 
 HEADS = [bodies.NotifyHead, bodies.ReceiveHead, bodies.SetSubscriptionsHead]
@@ -331,3 +332,90 @@ def test_a_bad_head_is_refused_as_soon_as_it_is_bad() -> None:
     assert parser.feed(b"\x00\x00" + b"\x00\x01") is None
     with pytest.raises(RemoteProtocolError, match="url: not UTF-8"):
         parser.feed(b"\xff")
+
+
+# the generated functions against the walk through the layout, which they must not differ from
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """Every codec, in places where others precede and follow."""
+
+    u8: Annotated[int, wire.U8]
+    u16: Annotated[int, wire.U16]
+    u32: Annotated[int, wire.U32]
+    u64: Annotated[int, wire.U64]
+    flag: Annotated[bool, wire.FLAG]
+    sha512: Annotated[bytes, wire.SHA512]
+    bytes8: Annotated[bytes, wire.BYTES8]
+    bytes16: Annotated[bytes, wire.BYTES16]
+    text: Annotated[str, wire.TEXT16]
+    optional: Annotated[str | None, wire.OPTIONAL_TEXT16]
+    pairs: Annotated[tuple[tuple[bytes, str | None], ...], wire.Sorted(wire.BYTES16)]
+    last: Annotated[bool, wire.FLAG]
+
+
+LAYOUTS: list[type[Any]] = [
+    Everything,
+    Typed,
+    Tolerant,
+    *(c for c in vars(bodies).values() if isinstance(c, type) and c.__module__ == bodies.__name__),
+]
+LAYOUTS.remove(bodies.Endpoint)
+ODD_VALUES: list[Any] = [
+    *(None, True, 1.5, "", "text", "\ud800", "é" * 40_000, [], [1], ((b"t", "\ud800"),)),
+    *(-1, 0, 255, 256, 65_536, 2**32, 2**64, b"", b"x" * 63, b"x" * 64, b"x" * 255, b"x" * 256),
+    *(b"x" * 1_023, b"x" * 1_024, b"x" * 65_536, bytearray(b"x"), memoryview(b"x" * 64)),
+]
+
+
+def same_read(cls: type[Any], data: bytes, offset: int) -> None:
+    quick, walked = Reader(data, offset), Reader(data, offset)
+    by_walk = outcome(lambda: wire._read(cls, wire._plan(cls), walked))
+    assert outcome(lambda: wire.read(cls, quick)) == by_walk
+    if by_walk[0] is cls:
+        assert quick.offset == walked.offset
+
+
+@pytest.mark.parametrize("cls", LAYOUTS)
+@given(data=st.data())
+@settings(deadline=None)
+def test_the_quick_way_reads_as_the_walk(cls: type[Any], data: st.DataObject) -> None:
+    before = data.draw(st.binary(max_size=3))
+    body = before + wire.encode(data.draw(messages(cls)))
+    same_read(cls, body + b"tail", len(before))
+    same_read(cls, body[: data.draw(st.integers(len(before), len(body)))], len(before))
+    flipped = bytearray(body)
+    flipped[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    same_read(cls, bytes(flipped), len(before))
+    same_read(cls, data.draw(st.binary(max_size=150)), 0)
+
+
+@pytest.mark.parametrize("cls", LAYOUTS)
+@given(data=st.data())
+@settings(deadline=None)
+def test_the_quick_way_encodes_as_the_walk(cls: type[Any], data: st.DataObject) -> None:
+    message = data.draw(messages(cls))
+    plan = wire._plan(cls)
+    assert plan.pack(message) == wire._encode(message, plan), "an ordinary one goes the quick way"
+    assert plan.unpack(plan.pack(message), 0) == (message, len(plan.pack(message)))
+    name = data.draw(st.sampled_from(list(wire.layout(cls))))
+    for value in ODD_VALUES:
+        odd = replace(message, **{name: value})
+        by_walk = outcome(lambda odd=odd: wire._encode(odd, plan))
+        assert outcome(lambda odd=odd: wire.encode(odd)) == by_walk
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_only_1_is_true_either_way(byte: int) -> None:
+    same_read(Everything, bytes(15) + bytes([byte]) + bytes(64 + 1 + 2 + 2 + 2 + 4 + 1), 0)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255, 256, 257, 511, 2**64 - 1])
+def test_the_low_byte_of_any_number(value: int) -> None:
+    assert wire.LOW_BYTE.encode(value, "part") == bytes([value % 256])
+
+
+def test_a_negative_number_has_no_low_byte() -> None:
+    with pytest.raises(LocalProtocolError, match="part: -1 is negative"):
+        wire.LOW_BYTE.encode(-1, "part")

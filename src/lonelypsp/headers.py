@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Generic, TypeVar
 
 from lonelypsp.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from lonelypsp.wire import SHA512_LENGTH, from_utf8, to_utf8
+from lonelypsp.wire import SHA512_LENGTH, Source, from_utf8, prefixes, to_utf8
 
 T = TypeVar("T")
 
@@ -37,6 +37,16 @@ class Header(Generic[T]):
     def decode(self, raw: bytes) -> T:
         raise NotImplementedError
 
+    def packed(self, field: str, source: Source) -> list[str]:
+        """`encode` as text (`lonelypsp.wire.Source`): expressions for the length and the value."""
+        source.line(f"{field} = {source.use(self.encode)}({field})")
+        return [f"{source.use(prefixes(2))}[len({field})]", field]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        """`decode` as text: lines that read the length and the value."""
+        source.take_prefixed(field, 2)
+        source.line(f"{field} = {source.use(self.decode)}({field})")
+
 
 class Octets(Header[bytes]):
     """Raw bytes, `least` to `most` of them."""
@@ -55,6 +65,12 @@ class Octets(Header[bytes]):
         if not self.least <= len(value) <= self.most:
             raise error(f"{self.name}: {len(value):,} bytes, must be {self.wire}")
         return value
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        return [f"{source.use(prefixes(2, self.least, self.most))}[len({field})]", field]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.take_prefixed(field, 2, self.least, self.most)
 
 
 class Text(Header[str]):
@@ -83,6 +99,14 @@ class OptionalText(Header[str | None]):
 
     def decode(self, raw: bytes) -> str | None:
         return self._text.decode(raw) or None
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        source.line(f"{field} = {field}.encode() if {field} else b''")
+        return [f"{source.use(prefixes(2))}[len({field})]", field]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.take_prefixed(field, 2)
+        source.line(f"{field} = {field}.decode() or None")
 
 
 class Flag(Header[bool]):
@@ -138,6 +162,26 @@ class Integer(Header[int]):
         if len(raw) > self.width:
             raise RemoteProtocolError(f"{self.name}: {len(raw)} bytes, at most {self.width}")
         return int.from_bytes(raw, "big", signed=self.signed)
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        if self.signed and not self.fixed:
+            return super().packed(field, source)
+        source.line(f"if not {self.least} <= {field} <= {self.most}: raise ValueError")
+        if self.fixed:
+            length = self.width.to_bytes(2, "big")
+            return [repr(length), f"{field}.to_bytes({self.width}, {self._how})"]
+        least = len(self.zero)
+        source.line(f"_{field} = {field}.bit_length() + 7 >> 3{' or 1' if least else ''}")
+        lengths = source.use(prefixes(2, least, self.width))
+        return [f"{lengths}[_{field}]", f"{field}.to_bytes(_{field}, {self._how})"]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.take_prefixed(field, 2, 0, self.width)
+        source.line(f"{field} = {source.use(int.from_bytes)}({field}, {self._how})")
+
+    @property
+    def _how(self) -> str:
+        return "'big', signed=True" if self.signed else "'big'"
 
 
 BODY = object()

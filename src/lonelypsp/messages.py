@@ -27,11 +27,13 @@ from typing import (
 
 from lonelypsp import headers as h
 from lonelypsp.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from lonelypsp.wire import Reader, layout
+from lonelypsp.wire import ODD, Reader, Source, layout
 
 Buffer: TypeAlias = bytes | memoryview
 
 MINIMAL = 1
+_START = 1024
+"""Bytes of a view that are copied to look for the headers of the ordinary case."""
 UNLIMITED = (1 << 64) - 1
 """The `max_size` of a compressor that takes bodies of any size."""
 
@@ -51,24 +53,111 @@ class Message:
     OPERATION: ClassVar[str]
     HEADERS: ClassVar[Mapping[str, h.Header[Any]]]
     BODY: ClassVar[str | None]
+    _pack: ClassVar[Callable[[Any], bytes]]
+    """As `encode_head` in minimal form, for the ordinary case (`lonelypsp.wire`)."""
 
 
 M = TypeVar("M", bound=Message)
 Classes: TypeAlias = dict[int, list[type[Message]]]
 """Type -> class. A type of two classes is a stream: its start, then its later parts."""
+Unpackers: TypeAlias = dict[bytes, Callable[[bytes, Buffer], Message]]
+"""The first four bytes of a frame in minimal form -> what decodes the ordinary case of it.
+
+It takes the first bytes of the frame, of which the headers must be part, and the whole frame.
+"""
 
 FROM_SUBSCRIBER: Classes = {}
 FROM_BROADCASTER: Classes = {}
+_UNPACK_FROM_SUBSCRIBER: Unpackers = {}
+_UNPACK_FROM_BROADCASTER: Unpackers = {}
 
 
-def _registered(classes: Classes, kind: int, operation: str) -> Callable[[type[M]], type[M]]:
+def _check(message: Message, error: type[ProtocolError]) -> None:
+    """What no field can tell alone. The sender's own hash is taken on trust."""
+    if not isinstance(message, _OF_A_LENGTH):
+        return
+    if message.compressor == 0 and message.compressed_length != message.decompressed_length:
+        raise error("an uncompressed body has one length, two differing ones are given")
+    if isinstance(message, Notify):
+        if message.compressed_length != len(message.body):
+            raise error(
+                f"x-compressed-length is {message.compressed_length:,},"
+                f" the body has {len(message.body):,} bytes"
+            )
+        if error is RemoteProtocolError and hashlib.sha512(message.body).digest() != message.sha512:
+            raise error("the body does not have the SHA-512 that came with it")
+
+
+def _prefix(kind: int) -> bytes:
+    return _u16(MINIMAL) + _u16(kind)
+
+
+def _u16(value: int) -> bytes:
+    return value.to_bytes(2, "big")
+
+
+def _packer(cls: type[Message]) -> Callable[[Any], bytes]:
+    source = Source()
+    if "compressed_length" in cls.HEADERS:
+        source.line(f"{source.use(_check)}(_message, {source.use(LocalProtocolError)})")
+    parts = [repr(_prefix(cls.TYPE))]
+    for name, header in cls.HEADERS.items():
+        source.line(f"{name} = _message.{name}")
+        parts += header.packed(name, source)
+    source.line(f"return b''.join(({', '.join(parts)}))")
+    return source.function("_message")
+
+
+def _unpacker(classes: list[type[Message]]) -> Callable[[bytes, Buffer], Message]:
+    *starts, cls = classes
+    source = Source()
+    source.line("_at = 4")
+    for name, header in cls.HEADERS.items():
+        header.unpacked(name, source)
+    for start in starts:  # the headers read so far are the first of the start
+        source.line("if part_id == 0:")
+        source.indent += 1
+        for name, header in start.HEADERS.items():
+            if name not in cls.HEADERS:
+                header.unpacked(name, source)
+        _unpacked(start, source)
+        source.indent -= 1
+    _unpacked(cls, source)
+    return source.function("_data, _frame")
+
+
+def _unpacked(cls: type[Message], source: Source) -> None:
+    """Makes the message; field by field, since `__init__` takes longer."""
+    source.expect_end()
+    source.line(f"_message = {source.use(object.__new__)}({source.use(cls)})")
+    for name in cls.HEADERS:
+        source.line(f"_message.{name} = {name}")
+    if cls.BODY is not None:
+        source.line(f"_message.{cls.BODY} = memoryview(_frame)[_at:]")
+    if "compressed_length" in cls.HEADERS:
+        source.line(f"{source.use(_check)}(_message, {source.use(RemoteProtocolError)})")
+    source.line("return _message")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _message(plain: type[M]) -> type[M]:
+    # Frozen to the type checker alone: at run time a frozen dataclass sets each field through
+    # object.__setattr__, which would make a message twice as dear.
+    return dataclass(slots=True, kw_only=True, unsafe_hash=True)(plain)
+
+
+def _registered(
+    classes: Classes, unpackers: Unpackers, kind: int, operation: str
+) -> Callable[[type[M]], type[M]]:
     def register(plain: type[M]) -> type[M]:
-        cls = dataclass(frozen=True, slots=True, kw_only=True)(plain)
+        cls = _message(plain)
         fields: Mapping[str, Any] = layout(cast("type", cls))
         cls.TYPE, cls.OPERATION = kind, operation
         cls.HEADERS = {name: header for name, header in fields.items() if header is not h.BODY}
         cls.BODY = next((name for name, header in fields.items() if header is h.BODY), None)
+        cls._pack = _packer(cls)
         classes.setdefault(kind, []).append(cls)
+        unpackers[_prefix(kind)] = _unpacker(classes[kind])
         return cls
 
     return register
@@ -76,16 +165,16 @@ def _registered(classes: Classes, kind: int, operation: str) -> Callable[[type[M
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def _from_subscriber(kind: int, operation: str) -> Callable[[type[M]], type[M]]:
-    return _registered(FROM_SUBSCRIBER, kind, operation)
+    return _registered(FROM_SUBSCRIBER, _UNPACK_FROM_SUBSCRIBER, kind, operation)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def _from_broadcaster(kind: int, operation: str) -> Callable[[type[M]], type[M]]:
-    return _registered(FROM_BROADCASTER, kind, operation)
+    return _registered(FROM_BROADCASTER, _UNPACK_FROM_BROADCASTER, kind, operation)
 
 
 # both directions: a body that travels in parts
-@dataclass(frozen=True, slots=True, kw_only=True)
+@_message
 class StreamStart(Message):
     """Part 0: the first slice of a body, and what is to be known about the whole of it."""
 
@@ -101,7 +190,7 @@ class StreamStart(Message):
     body: Annotated[Buffer, h.BODY]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@_message
 class StreamPart(Message):
     """Part 1 and later: the next slice."""
 
@@ -291,6 +380,9 @@ class Missed(Message):
     topic: Annotated[bytes, h.TOPIC]
 
 
+_OF_A_LENGTH = (Notify, StreamStart)
+
+
 def encode(message: Message, *, minimal: bool) -> bytes:
     """The frame of `message`.
 
@@ -303,6 +395,15 @@ def encode(message: Message, *, minimal: bool) -> bytes:
 
 def encode_head(message: Message, *, minimal: bool) -> bytes:
     """As `encode`, without the body."""
+    if minimal:
+        try:
+            return message._pack()
+        except ODD:
+            return _encode_head(message, minimal)
+    return _encode_head(message, minimal)
+
+
+def _encode_head(message: Message, minimal: bool) -> bytes:
     _check(message, LocalProtocolError)
     parts = [_u16(MINIMAL if minimal else 0), _u16(message.TYPE)]
     if not minimal:
@@ -321,15 +422,26 @@ def decode_from_subscriber(data: Buffer) -> Message:
     Raises:
         RemoteProtocolError: the bytes are not such a message.
     """
-    return _decode(data, FROM_SUBSCRIBER)
+    return _decode(data, FROM_SUBSCRIBER, _UNPACK_FROM_SUBSCRIBER)
 
 
 def decode_from_broadcaster(data: Buffer) -> Message:
     """As `decode_from_subscriber`, for a frame that a broadcaster sent."""
-    return _decode(data, FROM_BROADCASTER)
+    return _decode(data, FROM_BROADCASTER, _UNPACK_FROM_BROADCASTER)
 
 
-def _decode(data: Buffer, known: Classes) -> Message:
+def _decode(data: Buffer, known: Classes, unpackers: Unpackers) -> Message:
+    start = data if type(data) is bytes else bytes(data[:_START])
+    unpack = unpackers.get(start[:4])
+    if unpack is not None:
+        try:
+            return unpack(start, data)
+        except ODD:
+            return _walk(data, known)
+    return _walk(data, known)
+
+
+def _walk(data: Buffer, known: Classes) -> Message:
     reader = Reader(data)
     flags, kind = reader.uint(2, "flags"), reader.uint(2, "type")
     classes = known.get(kind)
@@ -375,23 +487,3 @@ def _expanded(reader: Reader) -> Callable[[h.Header[Any]], bytes]:
         return value
 
     return value_of
-
-
-def _check(message: Message, error: type[ProtocolError]) -> None:
-    """What no field can tell alone. The sender's own hash is taken on trust."""
-    if not isinstance(message, Notify | StreamStart):
-        return
-    if message.compressor == 0 and message.compressed_length != message.decompressed_length:
-        raise error("an uncompressed body has one length, two differing ones are given")
-    if isinstance(message, Notify):
-        if message.compressed_length != len(message.body):
-            raise error(
-                f"x-compressed-length is {message.compressed_length:,},"
-                f" the body has {len(message.body):,} bytes"
-            )
-        if error is RemoteProtocolError and hashlib.sha512(message.body).digest() != message.sha512:
-            raise error("the body does not have the SHA-512 that came with it")
-
-
-def _u16(value: int) -> bytes:
-    return value.to_bytes(2, "big")

@@ -9,11 +9,17 @@ A message is a frozen dataclass whose annotations carry the codec of each field,
 
 `encode`, `decode` and `HeadParser` read nothing but those annotations, and so do the documentation
 tables.
+
+Each layout is followed in two ways. The walk, field by field through the codecs, is what counts: it
+knows every case and says what is wrong. Before it runs a function that was generated from the same
+layout (`Source`), for speed: it knows the ordinary case alone, and on whatever else it meets it
+leaves the matter to the walk, by raising one of `ODD`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import (
     Annotated,
@@ -29,7 +35,7 @@ from typing import (
     get_type_hints,
 )
 
-from lonelypsp.errors import Incomplete, LocalProtocolError, RemoteProtocolError
+from lonelypsp.errors import Incomplete, LocalProtocolError, ProtocolError, RemoteProtocolError
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -71,13 +77,83 @@ class Reader:
         return len(self.data) - self.offset
 
 
+ODD = (ProtocolError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a generated function may raise: no verdict, only the advice to ask the walk."""
+
+_QUICK_LENGTHS = 1024
+
+
+def prefixes(width: int, least: int = 0, most: int | None = None) -> tuple[bytes | None, ...]:
+    """Length -> how it is written, for lengths of the ordinary case.
+
+    None, which cannot be joined, stands for lengths below `least`.
+    """
+    lengths = range(min((_largest(width) if most is None else most) + 1, _QUICK_LENGTHS))
+    return tuple(n.to_bytes(width, "big") if n >= least else None for n in lengths)
+
+
+def _largest(width: int) -> int:
+    return (1 << (8 * width)) - 1
+
+
+class Source:
+    """The text of a function that encodes or decodes, as it is written by the codecs in it.
+
+    In the text a field's value has the field's name; all other names begin with `_`. An encoder
+    ends by joining the expressions that `packed` of its codecs gave. A decoder reads bytes `_data`
+    from `_at` on; it compares `_at` with the length once, in the end: to slice beyond the end gives
+    less, and to index beyond it is an `IndexError`.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._names: dict[str, Any] = {}
+        self.indent = 1
+
+    def line(self, text: str) -> None:
+        self._lines.append("    " * self.indent + text)
+
+    def use(self, value: object) -> str:
+        """The name of `value` in the text."""
+        name = f"_{len(self._names)}"
+        self._names[name] = value
+        return name
+
+    def take_prefixed(
+        self, field: str, width: int, least: int = 0, most: int | None = None
+    ) -> None:
+        """Reads a length of 1 or 2 bytes, `least` to `most`, and so many bytes into `field`."""
+        self.line(f"_n = _data[_at]{' << 8 | _data[_at + 1]' if width == 2 else ''}")
+        if least:
+            self.line(f"if _n < {least}: raise ValueError")
+        if most is not None and most < _largest(width):
+            self.line(f"if _n > {most}: raise ValueError")
+        self.line(f"_at += {width}")
+        self.line(f"{field} = _data[_at : (_at := _at + _n)]")
+
+    def expect_end(self) -> None:
+        self.line("if _at > len(_data): raise IndexError")
+
+    def function(self, parameters: str) -> Callable[..., Any]:
+        text = "\n".join((f"def made({parameters}):", *self._lines))
+        exec(compile(text, "<made from a layout>", "exec"), self._names)  # noqa: S102 - our text
+        made: Callable[..., Any] = self._names["made"]
+        return made
+
+
 class Codec(Protocol[T]):
-    """How one value lies on the wire. `wire` is its description in the documentation."""
+    """How one value lies on the wire. `wire` is its description in the documentation.
+
+    `packed` and `unpacked` are `encode` and `decode` as text, for the ordinary case: the
+    expressions to join for the value in `field`, and the lines that read it.
+    """
 
     wire: str
 
     def encode(self, value: T, name: str) -> bytes: ...
     def decode(self, reader: Reader, name: str) -> T: ...
+    def packed(self, field: str, source: Source) -> list[str]: ...
+    def unpacked(self, field: str, source: Source) -> None: ...
 
 
 class Uint:
@@ -85,7 +161,7 @@ class Uint:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.maximum = (1 << (8 * width)) - 1
+        self.maximum = _largest(width)
         self.wire = f"u{8 * width}"
 
     def encode(self, value: int, name: str) -> bytes:
@@ -95,6 +171,29 @@ class Uint:
 
     def decode(self, reader: Reader, name: str) -> int:
         return reader.uint(self.width, name)
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        return [f"{field}.to_bytes({self.width})"]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        number = source.use(int.from_bytes)
+        source.line(f"{field} = {number}(_data[_at : (_at := _at + {self.width})])")
+
+
+class LowByte(Uint):
+    """The low 8 bits of an unsigned integer of any size: it cannot be read back."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def encode(self, value: int, name: str) -> bytes:
+        if value < 0:
+            raise LocalProtocolError(f"{name}: {value} is negative")
+        return super().encode(value & self.maximum, name)
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        source.line(f"if {field} < 0: raise ValueError")
+        return [f"({field} & {self.maximum}).to_bytes(1)"]
 
 
 class Fixed:
@@ -112,13 +211,20 @@ class Fixed:
     def decode(self, reader: Reader, name: str) -> bytes:
         return reader.take(self.length, name)
 
+    def packed(self, field: str, source: Source) -> list[str]:
+        source.line(f"if len({field}) != {self.length}: raise ValueError")
+        return [field]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.line(f"{field} = _data[_at : (_at := _at + {self.length})]")
+
 
 class PrefixedBytes:
     """Raw bytes behind a length of `width` bytes."""
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.maximum = (1 << (8 * width)) - 1
+        self.maximum = _largest(width)
         self.wire = f"u{8 * width} length, bytes"
 
     def encode(self, value: bytes, name: str) -> bytes:
@@ -132,6 +238,12 @@ class PrefixedBytes:
     def decode(self, reader: Reader, name: str) -> bytes:
         return reader.take(reader.uint(self.width, name), name)
 
+    def packed(self, field: str, source: Source) -> list[str]:
+        return [f"{source.use(prefixes(self.width))}[len({field})]", field]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.take_prefixed(field, self.width)
+
 
 class PrefixedText:
     """UTF-8 text behind a length of 2 bytes."""
@@ -143,6 +255,14 @@ class PrefixedText:
 
     def decode(self, reader: Reader, name: str) -> str:
         return from_utf8(BYTES16.decode(reader, name), name)
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        source.line(f"{field} = {field}.encode()")
+        return BYTES16.packed(field, source)
+
+    def unpacked(self, field: str, source: Source) -> None:
+        BYTES16.unpacked(field, source)
+        source.line(f"{field} = {field}.decode()")
 
 
 class OptionalText:
@@ -156,6 +276,14 @@ class OptionalText:
     def decode(self, reader: Reader, name: str) -> str | None:
         return TEXT16.decode(reader, name) or None
 
+    def packed(self, field: str, source: Source) -> list[str]:
+        source.line(f"{field} = {field}.encode() if {field} else b''")
+        return BYTES16.packed(field, source)
+
+    def unpacked(self, field: str, source: Source) -> None:
+        BYTES16.unpacked(field, source)
+        source.line(f"{field} = {field}.decode() or None")
+
 
 class Flag:
     """One byte, 0 or 1."""
@@ -167,6 +295,13 @@ class Flag:
 
     def decode(self, reader: Reader, name: str) -> bool:
         return reader.uint(1, name) == 1
+
+    def packed(self, field: str, source: Source) -> list[str]:
+        return [f"(b'\\1' if {field} else b'\\0')"]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.line(f"{field} = _data[_at] == 1")
+        source.line("_at += 1")
 
 
 class Sorted(Generic[T]):
@@ -196,6 +331,15 @@ class Sorted(Generic[T]):
             items.append((key, OPTIONAL_TEXT16.decode(reader, f"recovery of {name}")))
         return tuple(items)
 
+    def packed(self, field: str, source: Source) -> list[str]:
+        return [f"{source.use(self.encode)}({field}, {field!r})"]
+
+    def unpacked(self, field: str, source: Source) -> None:
+        source.expect_end()
+        source.line(f"_reader = {source.use(Reader)}(_data, _at)")
+        source.line(f"{field} = {source.use(self.decode)}(_reader, {field!r})")
+        source.line("_at = _reader.offset")
+
 
 def to_utf8(value: str, name: str) -> bytes:
     try:
@@ -212,6 +356,7 @@ def from_utf8(value: bytes, name: str) -> str:
 
 
 U8 = Uint(1)
+LOW_BYTE = LowByte()
 U16 = Uint(2)
 U32 = Uint(4)
 U64 = Uint(8)
@@ -239,11 +384,52 @@ def layout(cls: type) -> Mapping[str, Codec[Any]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A layout, ready for use.
+
+    Attributes:
+        pack: as `encode`, for the ordinary case.
+        unpack: as `read`, for the ordinary case: from bytes and an offset to a message and the
+            offset behind it.
+    """
+
+    prefix: bytes
+    fields: tuple[tuple[str, Codec[Any]], ...]
+    pack: Callable[[Any], bytes]
+    unpack: Callable[[bytes, int], tuple[Any, int]]
+
+
 @cache
-def _plan(cls: type) -> tuple[bytes, tuple[tuple[str, Any], ...]]:
+def _plan(cls: type) -> _Plan:
     kind: int | None = getattr(cls, "TYPE", None)
     prefix = b"" if kind is None else U16.encode(kind, "type")
-    return prefix, tuple((name, codec) for name, codec in layout(cls).items())
+    fields = tuple(layout(cls).items())
+    return _Plan(prefix, fields, _packer(prefix, fields), _unpacker(cls, prefix, fields))
+
+
+def _packer(prefix: bytes, fields: tuple[tuple[str, Codec[Any]], ...]) -> Callable[[Any], bytes]:
+    source = Source()
+    parts = [repr(prefix)]
+    for name, codec in fields:
+        source.line(f"{name} = _message.{name}")
+        parts += codec.packed(name, source)
+    source.line(f"return b''.join(({', '.join(parts)},))")
+    return source.function("_message")
+
+
+def _unpacker(
+    cls: type, prefix: bytes, fields: tuple[tuple[str, Codec[Any]], ...]
+) -> Callable[[bytes, int], tuple[Any, int]]:
+    source = Source()
+    if prefix:
+        source.line(f"if _data[_at : (_at := _at + 2)] != {prefix!r}: raise ValueError")
+    for name, codec in fields:
+        codec.unpacked(name, source)
+    source.expect_end()
+    arguments = ", ".join(f"{name}={name}" for name, _ in fields)
+    source.line(f"return {source.use(cls)}({arguments}), _at")
+    return source.function("_data, _at")
 
 
 def encode(message: Message) -> bytes:
@@ -252,9 +438,16 @@ def encode(message: Message) -> bytes:
     Raises:
         LocalProtocolError: a field does not fit its place on the wire.
     """
-    prefix, fields = _plan(type(message))
-    parts = [prefix]
-    for name, codec in fields:
+    plan = _plan(type(message))
+    try:
+        return plan.pack(message)
+    except ODD:
+        return _encode(message, plan)
+
+
+def _encode(message: Message, plan: _Plan) -> bytes:
+    parts = [plan.prefix]
+    for name, codec in plan.fields:
         parts.append(codec.encode(getattr(message, name), name))
     return b"".join(parts)
 
@@ -266,13 +459,24 @@ def read(cls: type[M], reader: Reader) -> M:
         Incomplete: the bytes end early.
         RemoteProtocolError: the bytes are not such a message.
     """
-    prefix, fields = _plan(cast("type", cls))
+    plan = _plan(cast("type", cls))
+    if type(reader.data) is bytes:
+        try:
+            message, reader.offset = plan.unpack(reader.data, reader.offset)
+        except ODD:
+            return _read(cls, plan, reader)
+        return cast("M", message)
+    return _read(cls, plan, reader)
+
+
+def _read(cls: type[M], plan: _Plan, reader: Reader) -> M:
+    prefix = plan.prefix
     if prefix and (kind := reader.take(2, "type")) != prefix:
         raise RemoteProtocolError(
             f"type {int.from_bytes(kind, 'big')} where {int.from_bytes(prefix, 'big')}"
             f" ({cls.__name__}) was expected"
         )
-    return cls(**{name: codec.decode(reader, name) for name, codec in fields})
+    return cls(**{name: codec.decode(reader, name) for name, codec in plan.fields})
 
 
 def decode(cls: type[M], data: bytes) -> M:
