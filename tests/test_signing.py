@@ -15,6 +15,7 @@ from lonelypsp.errors import AuthResult, LocalProtocolError
 from lonelypsp.replay import ReplayGuard
 from lonelypsp.signing import OPERATIONS, Direction, Hmac, Nothing, Operation, Token, to_sign
 from lonelypsp.wire import BYTES8, BYTES16, U8, U64, OptionalText, Reader
+from outcomes import outcome
 from strategies import values
 
 ABOUT = vectors.load("stateless")["about"]
@@ -258,6 +259,69 @@ def test_signed_bytes_can_be_read_back(drawn: tuple[Any, ...]) -> None:
     codecs = [BYTES16, *(codec for _, codec in OPERATIONS[operation].layout)]
     assert tuple(codec.decode(reader, "field") for codec in codecs) == fields
     assert reader.remaining == 0
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, 1.5, "", "text", "\ud800", "é" * 40_000, [], -1, 255, 256, 2**32, 2**64),
+    *(b"", b"x" * 64, b"x" * 255, b"x" * 256, b"x" * 1_024, b"x" * 65_536, memoryview(b"x" * 64)),
+]
+
+
+def same_signed(operation: str, fields: dict[str, Any], stamp: Any, nonce: Any) -> None:
+    row = OPERATIONS[operation]
+    by_walk = outcome(lambda: signing._to_sign(row, fields, stamp, nonce))
+    assert outcome(lambda: to_sign(operation, fields, stamp, nonce)) == by_walk
+
+
+@given(drawn=signable(None))
+@settings(deadline=None, max_examples=300)
+def test_the_quick_way_signs_as_the_walk(drawn: tuple[Any, ...]) -> None:
+    operation, signable_values, stamp, nonce = drawn
+    names = ["tracing", *(name for name, _ in OPERATIONS[operation].layout)]
+    fields = dict(zip(names, signable_values, strict=True))
+    assert OPERATIONS[operation].pack(fields, stamp, nonce) == bytes_of(drawn)
+    same_signed(operation, fields, stamp, nonce)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_quick_way_refuses_as_the_walk(operation: str) -> None:
+    for name in ["tracing", *dict(OPERATIONS[operation].layout)]:
+        same_signed(operation, {k: v for k, v in FIELDS.items() if k != name}, 0, "n")
+        for value in ODD_VALUES:
+            same_signed(operation, FIELDS | {name: value}, 0, "n")
+    for value in ODD_VALUES:
+        same_signed(operation, FIELDS, value, "n")
+        same_signed(operation, FIELDS, 0, value)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_fields_that_are_not_signed_do_not_matter(operation: str) -> None:
+    """A connection gives all that it knows about a message."""
+    needed = {"tracing", *dict(OPERATIONS[operation].layout)}
+    only = {name: value for name, value in FIELDS.items() if name in needed}
+    more = FIELDS | {"body": object(), "authorization": None}
+    assert signed(operation, only) == signed(operation, more)
+    assert Hmac(KEY).check(operation, more, signed(operation, only), NOW) is OK
+    assert check(Hmac(KEY).authorize(operation, more, NOW), operation, only) is OK
+
+
+@pytest.mark.parametrize("part_id", [0, 255, 256, 257, 40_000, 2**64 - 1])
+def test_any_part_can_be_acknowledged(part_id: int) -> None:
+    """Deliberately different: older peers sign parts 0 to 255, as ours, and fail on later ones."""
+    operation, fields = "STATEFUL_CONTINUE_RECEIVE", FIELDS | {"part_id": part_id}
+    assert signed(operation, fields) == signed(operation, FIELDS | {"part_id": part_id % 256})
+    value = Hmac(KEY).authorize(operation, fields, NOW)
+    assert check(value, operation, fields) is OK
+    assert check(value, operation, fields | {"part_id": part_id + 1}) is FORBIDDEN
+    assert check(value, operation, fields | {"url": "websocket:n:-2"}) is FORBIDDEN
+
+
+@given(key=st.binary(min_size=64, max_size=64), message=st.binary(max_size=400))
+@settings(deadline=None)
+def test_the_code_is_hmac(key: bytes, message: bytes) -> None:
+    secret = signing._Secret(key)
+    for _ in range(2):
+        assert secret.digest(message) == hmac.digest(key, message, "sha512")
 
 
 def test_codes_keep_operations_apart() -> None:
