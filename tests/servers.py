@@ -37,7 +37,13 @@ async def serve(app: Any) -> AsyncIterator[str]:
     """`app` under uvicorn on a free port of the loopback; yields its url."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(app, lifespan="on", log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            app,
+            lifespan="on",
+            log_level="warning",
+            timeout_graceful_shutdown=5,
+            ws="websockets-sansio",
+        )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

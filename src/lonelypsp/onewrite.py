@@ -41,6 +41,11 @@ class OneWrite:
             held, self._held = self._held, None
             self._transport.write(held)
 
+    def unwrap(self) -> Any:
+        """The real transport, for a protocol with longer conversations than one response."""
+        self._flush()
+        return self._transport
+
     def close(self) -> None:
         self._flush()
         self._transport.close()

@@ -15,13 +15,17 @@ from lonelypss.config import BroadcasterConfig, database_path
 from lonelypss.fanout import Fanout
 from lonelypss.intake import Intake
 from lonelypss.missed import MissedNotices
+from lonelypss.peers import Peers, Registry
 from lonelypss.routes import ASGIApp, Receive, Routes, Scope, Send, respond
 from lonelypss.sender import Sender
 from lonelypss.store.base import Store
 from lonelypss.store.sqlite import SqliteStore
+from lonelypss.websocket import Connection, Websockets
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
+
+WEBSOCKET = "/v1/websocket"
 
 
 class Broadcaster:
@@ -40,19 +44,29 @@ class Broadcaster:
         self.store = SqliteStore(database_path(config.db)) if store is None else store
         self.sender = Sender(config)
         self.missed = MissedNotices(config, self.store, self.sender)
-        self.fanout = Fanout(config, self.store, self.sender, self.missed)
         self.intake = Intake(config)
+        registry: Registry[Connection] = Registry()
+        self.websockets = Websockets(config, registry, self.intake)
+        self.fanout = Fanout(config, self.store, self.sender, self.missed, self.websockets)
+        self.websockets.fanout = self.fanout
+        self.peers = Peers(config, self.store, registry, self.intake, self.websockets)
         self.routes = Routes(config, self.store, self.fanout, self.intake)
+        self.table: dict[str, ASGIApp] = {
+            **self.routes.table,
+            **self.peers.table,
+            WEBSOCKET: self.websockets,
+        }
         self._running = AsyncExitStack()
 
     @property
     def router(self) -> APIRouter:
         """The endpoints, for `app.include_router(broadcaster.router, prefix=...)`."""
         from fastapi import APIRouter
-        from starlette.routing import Route
+        from starlette.routing import Route, WebSocketRoute
 
         router = APIRouter()
-        router.routes += [Route(path, endpoint) for path, endpoint in self.routes.table.items()]
+        router.routes += [Route(path, endpoint) for path, endpoint in self.table.items()]
+        router.routes.append(WebSocketRoute(WEBSOCKET, self.websockets))
         return router
 
     @asynccontextmanager
@@ -69,6 +83,10 @@ class Broadcaster:
             starting.push_async_callback(self.sender.close)
             sweeper = asyncio.create_task(self.missed.run(), name="missed notices")
             starting.push_async_callback(_end, sweeper)
+            watch = asyncio.create_task(self.websockets.watch(), name="slow websockets")
+            starting.push_async_callback(_end, watch)
+            await starting.enter_async_context(self.peers)
+            starting.push_async_callback(self.websockets.close)
             self._running = starting.pop_all()
         return self
 
@@ -87,7 +105,7 @@ class App:
 
     def __init__(self, broadcaster: Broadcaster) -> None:
         self.broadcaster = broadcaster
-        self._table = broadcaster.routes.table
+        self._table = broadcaster.table
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

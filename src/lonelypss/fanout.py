@@ -1,6 +1,7 @@
 """THE HOT PATH: from a message to its count. Read top to bottom.
 
-notify -> store.match (one query) -> one Delivery per url -> Sender -> Delivery.finish
+notify -> store.match (one query) -> our own websockets, in this process
+       -> one Delivery per other url -> Sender -> Delivery.finish
        -> failures become rows of missed notices -> the number of subscribers reached
 """
 
@@ -10,8 +11,9 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from os import urandom
+from typing import Protocol
 
 from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE, ReceiveHead, ResponseConfirmReceive
 from lonelypsp.errors import AuthResult, ProtocolError
@@ -36,6 +38,21 @@ MAX_COUNT = 0xFFFF_FFFF
 IDENTIFIER_LENGTH = 8
 
 
+class Local(Protocol):
+    """The websockets of this process.
+
+    Attributes:
+        receive_url: where other broadcasters send what concerns them; None: there are no others.
+    """
+
+    @property
+    def receive_url(self) -> str | None: ...
+
+    def deliver(self, topic: bytes, body: Body) -> int:
+        """Queues a message for all that want it; how many. Shares `body` with the caller."""
+        ...
+
+
 class Fanout:
     """Delivers messages to everybody who subscribed.
 
@@ -43,20 +60,28 @@ class Fanout:
         store: who subscribed.
         sender: how to reach them.
         missed: where failures go.
+        local: who is reached without a request.
     """
 
     def __init__(
-        self, config: BroadcasterConfig, store: Store, sender: Sender, missed: MissedNotices
+        self,
+        config: BroadcasterConfig,
+        store: Store,
+        sender: Sender,
+        missed: MissedNotices,
+        local: Local,
     ) -> None:
         self.config = config
         self.store = store
         self.sender = sender
         self.missed = missed
+        self.local = local
 
     async def notify(self, topic: bytes, body: Body) -> int:
         """Delivers one message to all its subscribers at once and waits for all answers.
 
-        Each url gets one POST, however many of its subscriptions match.
+        Each url gets one POST, however many of its subscriptions match, and each websocket one
+        copy.
 
         Returns:
             how many subscribers confirmed, at most 2^32 - 1.
@@ -64,10 +89,26 @@ class Fanout:
         Raises:
             StoreUnavailable: nobody was asked; nothing was delivered.
         """
+        urls = await self.match(topic)
+        count = self.local.deliver(topic, body)
+        if urls:
+            count += await self.post(topic, body, urls)
+        return min(count, MAX_COUNT)
+
+    async def match(self, topic: bytes) -> dict[str, list[Subscription]]:
+        """The matching subscriptions of each url that is not our own; raises StoreUnavailable."""
         matches = await self.store.match(topic)
         if not matches:
-            return 0
-        round_ = Round(self, topic, body, by_url(matches))
+            return {}
+        urls: dict[str, list[Subscription]] = {}
+        for subscription in matches:
+            urls.setdefault(subscription.url, []).append(subscription)
+        urls.pop(self.local.receive_url or "", None)
+        return urls
+
+    async def post(self, topic: bytes, body: Body, urls: dict[str, list[Subscription]]) -> int:
+        """Delivers one message to `urls`; how many confirmed."""
+        round_ = Round(self, topic, body, urls)
         try:
             if self.config.journal_after == 0:
                 await round_.journal()
@@ -76,15 +117,7 @@ class Fanout:
             await round_.settle()
         finally:
             self.missed.release(round_.journaled)
-        return min(round_.count, MAX_COUNT)
-
-
-def by_url(matches: Sequence[Subscription]) -> dict[str, list[Subscription]]:
-    """The subscriptions of each url."""
-    urls: dict[str, list[Subscription]] = {}
-    for subscription in matches:
-        urls.setdefault(subscription.url, []).append(subscription)
-    return urls
+        return round_.count
 
 
 class Round:

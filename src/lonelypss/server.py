@@ -20,6 +20,7 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from lonelypsp.onewrite import OneWrite
 from lonelypsp.signing import AuthConfig, Nothing
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _BACKLOG = 2048
 _STARTUP_FAILURE = 3
 _RESTART_PAUSE = 1.0
+_LINGER = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,19 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(OneWrite(transport, self.loop.call_soon))  # type: ignore[arg-type]
 
 
+class _WebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's, but what was closed is gone soon, even if the peer takes nothing any more."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport.unwrap())
+
+    async def run_asgi(self) -> None:
+        try:
+            await super().run_asgi()
+        finally:
+            self.loop.call_later(_LINGER, self.transport.abort)
+
+
 class _Server(uvicorn.Server):
     """uvicorn, but a stop on request ends with status 0, and nothing new is started meanwhile."""
 
@@ -166,7 +181,9 @@ def _run(
         http=_Protocol,
         interface="asgi3",
         lifespan="on",
-        ws="none",
+        ws=_WebSocket,
+        ws_max_size=settings.config.websocket_max_message_size,
+        ws_per_message_deflate=False,
         log_config=None,
         access_log=False,
         proxy_headers=False,

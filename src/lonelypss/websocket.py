@@ -1,0 +1,612 @@
+"""Websockets: the same messages without a request for each (docs/topics/protocol.md).
+
+`Websockets` holds the connections of this process; a `Connection` is one of them:
+
+reader:  frame -> session.receive -> act (subscribe, pass a message on) -> session.answer -> frames
+queue:   message -> session.deliver -> frames, or, where the window is full, waiting
+writer:  frames -> the socket; parts of large bodies
+
+There is one reader and one writer per connection. Frames leave in the order in which they were
+made, since most use up a number that both ends count. What waits is bounded: whoever takes too
+little is disconnected, and learns from that that something was missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any
+
+from lonelypsp import messages as m
+from lonelypsp import session as s
+from lonelypsp.compression import decompress, decompress_pieces
+from lonelypsp.errors import LocalProtocolError
+from lonelypsp.interests import Topics
+from lonelypsp.spool import Body, Spool
+from lonelypss.config import BroadcasterConfig
+from lonelypss.dictionaries import Dictionaries, Dictionary, Offer, Withdrawal
+from lonelypss.fanout import Fanout
+from lonelypss.intake import Intake, write
+from lonelypss.outgoing import INLINE, Notice, Outgoing, Waiting
+from lonelypss.peers import Registry
+from lonelypss.routes import Receive, Refused, Scope, Send, as_refused, respond
+from lonelypss.store.base import Subscription
+
+log = logging.getLogger(__name__)
+
+_READY_BYTES = 256 * 1024  # of frames made ahead of the socket
+_BURST = 32  # frames of one websocket before the others get their turn
+_PATIENCE = 5.0  # seconds for the goodbye
+TOO_SLOW = 4408
+RESTART = 1012
+
+
+class Closing(Exception):
+    """Why this end closes a connection."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def as_closing(e: Exception) -> Closing:
+    """The close code of an error: 4000 and the http status. Anything else is a bug."""
+    match e:
+        case Closing():
+            return e
+        case s.ConnectionBroken():
+            return Closing(e.close_code, str(e))
+    refused = as_refused(e)
+    return Closing(4000 + refused.status, str(refused))
+
+
+class Incoming:
+    """Where the parts of a body go. The session hands over a part, `store` puts it away."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self._part: memoryview | bytes = b""
+
+    def write(self, part: memoryview) -> None:
+        self._part = part
+
+    async def store(self) -> None:
+        part, self._part = self._part, b""
+        if len(part) > INLINE:
+            await write(self.spool, part)
+        else:
+            self.spool.write(part)
+
+
+class Websockets:
+    """The websockets of one process, and the endpoint that they connect to.
+
+    Args:
+        registry: who of them wants what.
+        fanout: where messages go that they send.
+        intake: where bodies are stored.
+    """
+
+    def __init__(self, config: BroadcasterConfig, registry: Registry[Connection], intake: Intake):
+        self.config = config
+        self.registry = registry
+        self.intake = intake
+        self.fanout: Fanout
+        self.dictionaries = Dictionaries(config, self._changed)
+        self.connections: set[Connection] = set()
+        self.rounds = asyncio.Semaphore(config.max_notifies)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._origins = {o.strip() for o in config.websocket_origins.split(",") if o.strip()}
+
+    @property
+    def receive_url(self) -> str | None:
+        """Where other broadcasters send what concerns us, see `Registry`."""
+        return self.registry.url
+
+    def deliver(self, topic: bytes, body: Body) -> int:
+        """Queues a message for all that want it; how many. Shares `body` with the caller."""
+        connections = self.registry.match(topic)
+        if not connections:
+            return 0
+        if body.data is not None:
+            self.dictionaries.collect(body.data)
+        outgoing = Outgoing(topic, body, self.intake)
+        for connection in connections:
+            connection.queue(outgoing.share())
+        outgoing.release()
+        return len(connections)
+
+    def missed(self, topic: bytes) -> None:
+        """Tells those who want `topic` that they may have missed something."""
+        for connection in self.registry.match(topic):
+            connection.queue_notice(topic)
+
+    def gap(self) -> None:
+        """Anybody may have missed something, on any topic."""
+        for connection in self.connections:
+            if topic := connection.some_topic():
+                connection.queue_notice(topic)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that outlives its connection."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def watch(self) -> None:
+        """Disconnects those that acknowledge nothing."""
+        timeout = self.config.websocket_ack_timeout
+        while True:
+            await asyncio.sleep(timeout / 4)
+            for connection in self.connections:
+                connection.check_progress(time.monotonic())
+
+    async def close(self) -> None:
+        """Ends all connections, and waits for the messages that came from them."""
+        for connection in list(self.connections):
+            connection.fail(Closing(RESTART, "this broadcaster is stopping"))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.dictionaries.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "websocket":
+            await respond(send, 426, b'{"detail":"Upgrade Required"}', b"application/json")
+            return
+        await receive()
+        if refused := self._refusal(scope):
+            log.info("websocket from %s refused: %s", scope.get("client"), refused)
+            await _refuse(scope, send, refused)
+            return
+        await Connection(self, scope, send).run(receive)
+
+    def _refusal(self, scope: Scope) -> Refused | None:
+        if len(self.connections) >= self.config.max_websockets:
+            return Refused(503, "this broadcaster has max_websockets open", 5)
+        origins = [v.decode("latin-1") for n, v in scope["headers"] if n == b"origin"]
+        if origins and not self._origins.issuperset(origins):
+            return Refused(403, f"pages of {origins[0]!r} are not among websocket_origins")
+        return None
+
+    def _changed(self, new: Dictionary, old: Dictionary | None) -> None:
+        for connection in self.connections:
+            if connection.training:
+                connection.offer(Offer(self.config, new))
+                if old is not None:
+                    connection.offer(Withdrawal(old))
+
+
+async def _refuse(scope: Scope, send: Send, refused: Refused) -> None:
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 4000 + refused.status})
+        return
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    if refused.retry_after is not None:
+        headers.append((b"retry-after", b"%d" % refused.retry_after))
+    start = {"type": "websocket.http.response.start", "status": refused.status, "headers": headers}
+    await send(start)
+    await send({"type": "websocket.http.response.body", "body": f"{refused}\n".encode()})
+
+
+class Connection:
+    """One websocket.
+
+    Attributes:
+        training: whether it takes trained dictionaries.
+    """
+
+    def __init__(self, hub: Websockets, scope: Scope, send: Send) -> None:
+        config = hub.config
+        self.hub = hub
+        self.config = config
+        self.training = False
+        self.name = ":".join(map(str, scope.get("client") or ("unknown",)))
+        self._send = send
+        self.session = s.BroadcasterSession(
+            config.auth,
+            allow_zstd=hub.dictionaries.allowed,
+            allow_training=hub.dictionaries.training_allowed,
+            minimal=config.websocket_minimal_headers,
+            limits=s.Limits(
+                unanswered=config.websocket_send_max_unacknowledged,
+                owed=config.websocket_max_unprocessed_receives + 1,
+                body_length=config.spool_quota,
+                frame_length=config.outgoing_max_ws_message_size,
+                subscriptions=config.websocket_max_subscriptions,
+            ),
+            sink=lambda start: Incoming(hub.intake.spool(start.compressed_length)),
+            check_hash=False,
+            presets=hub.dictionaries.preset_data,
+        )
+        self._frames: deque[bytes] = deque()
+        self._ready_bytes = 0
+        self._waiting: deque[Waiting] = deque()
+        self._waiting_bytes = 0
+        self._streaming = False
+        self._wake = asyncio.Event()  # the writer: something is to be sent
+        self._acknowledged = asyncio.Event()  # the writer: the window has room again
+        self._relieved = asyncio.Event()  # the reader: fewer answers are owed, or wait
+        self._asked: deque[s.SubscriptionAsked] = deque()
+        self._subscribing: asyncio.Task[None] | None = None
+        self._acks = 0
+        self._progress = (0, 0.0)
+        self._ended: asyncio.Future[Closing] = asyncio.get_running_loop().create_future()
+
+    # its life
+
+    async def run(self, receive: Receive) -> None:
+        """From the handshake to the end, whoever ends it."""
+        reader = asyncio.create_task(self._guard(self._read(receive)))
+        writer: asyncio.Task[None] | None = None
+        try:
+            await self._send({"type": "websocket.accept"})
+            writer = asyncio.create_task(self._guard(self._write()))
+            closing = await asyncio.shield(self._ended)
+        finally:
+            self.session.close()
+            await _cancelled(reader, writer)
+            await self._clean_up()
+        await self._goodbye(closing)
+
+    def fail(self, closing: Closing) -> None:
+        """Ends the connection; the first reason counts."""
+        if not self._ended.done():
+            self._ended.set_result(closing)
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except OSError as e:  # the peer is gone
+            self.fail(Closing(1006, f"connection lost: {e}"))
+        except Exception as e:  # noqa: BLE001 logged as what it is
+            self._failed(e)
+
+    def _failed(self, e: Exception) -> None:
+        try:
+            self.fail(as_closing(e))
+        except Exception:
+            log.exception("websocket %s: a bug", self.name)
+            self.fail(Closing(1011, "an error of the broadcaster"))
+
+    async def _clean_up(self) -> None:
+        self.hub.connections.discard(self)
+        if self.training:
+            self.hub.dictionaries.listeners -= 1
+        if self._subscribing is not None:
+            await _cancelled(self._subscribing)
+        self.hub.registry.forget(self)
+        while self._waiting:
+            self._waiting.popleft().release()
+        self._frames.clear()
+        unfinished = self.session.unfinished
+        if isinstance(unfinished, Incoming):
+            unfinished.spool.close()
+
+    async def _goodbye(self, closing: Closing) -> None:
+        level = logging.WARNING if closing.code in (TOO_SLOW, 1011) else logging.INFO
+        log.log(level, "websocket %s closed: %d %s", self.name, closing.code, closing)
+        if closing.code in (1005, 1006):
+            return
+        reason = str(closing).encode()[:120].decode("utf-8", "ignore")
+        message = {"type": "websocket.close", "code": closing.code, "reason": reason}
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await self._send(message)
+        except (OSError, TimeoutError, RuntimeError) as e:  # the peer was quicker, or takes nothing
+            log.debug("websocket %s: no goodbye: %r", self.name, e)
+
+    def check_progress(self, now: float) -> None:
+        """Fails if something was sent long ago and nothing acknowledged since."""
+        acks, since = self._progress
+        if self.session.room == self.session.limits.unanswered or acks != self._acks or not since:
+            self._progress = (self._acks, now)
+        elif now - since > self.config.websocket_ack_timeout:
+            self.fail(
+                Closing(TOO_SLOW, "too slow: nothing was acknowledged for websocket_ack_timeout")
+            )
+
+    # reading
+
+    async def _read(self, receive: Receive) -> None:
+        try:
+            async with asyncio.timeout(self.config.websocket_open_timeout):
+                first = await _frame(receive)
+        except TimeoutError:
+            raise Closing(4408, "no CONFIGURE within websocket_open_timeout") from None
+        event = self.session.receive(first, time.time())
+        assert isinstance(event, s.Configured)  # the session says so
+        self._configured(event)
+        session, most = self.session, self.config.websocket_max_unprocessed_receives
+        turn = 0
+        while True:
+            event = session.receive(await _frame(receive), time.time())
+            kind = type(event)
+            if kind is s.Answered:
+                self._acks += 1
+                self._acknowledged.set()
+                if self._waiting:
+                    self._make_frames()
+            elif isinstance(event, s.BodyArrived):
+                await self._message(event)
+            elif isinstance(event, s.SubscriptionAsked):
+                self._subscription(event)
+            elif isinstance(event, s.PartArrived):
+                assert isinstance(event.sink, Incoming)
+                await event.sink.store()
+                self._answer(event)
+            # who takes no answers is not read: the socket fills up, and the peer notices
+            while session.owed >= most or self._ready_bytes >= 2 * _READY_BYTES:
+                self._relieved.clear()
+                await self._relieved.wait()
+            turn += 1
+            if turn % _BURST == 0:
+                await asyncio.sleep(0)
+
+    def _configured(self, event: s.Configured) -> None:
+        self._push(self.session.confirm_configure(time.time()))
+        dictionaries, config = self.hub.dictionaries, self.config
+        self.hub.connections.add(self)
+        if event.zstd:
+            self.offer(Offer(config, None))
+            if preset := dictionaries.presets.get(event.message.initial_dict):
+                self.offer(Offer(config, preset))
+        if event.training:
+            self.training = True
+            dictionaries.listeners += 1
+            for trained in dictionaries.trained:
+                self.offer(Offer(config, trained))
+
+    async def _message(self, event: s.BodyArrived) -> None:
+        """A message of this websocket: to our own websockets at once, then to everybody else."""
+        fanout, topic = self.hub.fanout, event.head.topic
+        body = await self._body(event)
+        try:
+            urls = await fanout.match(topic)
+            count = self.hub.deliver(topic, body)
+            if urls:
+                await self.hub.rounds.acquire()
+                self.hub.spawn(self._post(event, body.share(), urls, count))
+            else:
+                self._answer(event, count, body.sha512)
+        finally:
+            body.close()
+
+    async def _post(
+        self, event: s.BodyArrived, body: Body, urls: dict[str, list[Subscription]], count: int
+    ) -> None:
+        try:
+            count += await self.hub.fanout.post(event.head.topic, body, urls)
+            self._answer(event, count, body.sha512)
+        except Exception as e:  # noqa: BLE001 logged as what it is
+            self._failed(e)
+        finally:
+            self.hub.rounds.release()
+            body.close()
+
+    def _answer(self, event: s.Owed, count: int = 0, sha512: bytes | None = None) -> None:
+        for frame in self.session.answer(
+            event, time.time(), subscribers=count, decompressed_sha512=sha512
+        ):
+            self._push(frame)
+        self._relieved.set()
+
+    async def _body(self, event: s.BodyArrived) -> Body:
+        """The message as it was before compression."""
+        head, compressor = event.head, event.compressor
+        if event.body is not None:
+            if compressor is None:
+                return Body(bytes(event.body), None, len(event.body), head.sha512)
+            if head.decompressed_length <= INLINE:
+                return Body.of(
+                    decompress(
+                        event.body,
+                        dictionary=compressor.dictionary,
+                        expected_length=head.decompressed_length,
+                        max_window_size=self.config.decompression_max_window_size,
+                    )
+                )
+            return await self._decompress(event.body, compressor, head)
+        assert isinstance(event.sink, Incoming)
+        with event.sink.spool as spool:
+            await event.sink.store()
+            body = spool.finish(head.sha512)
+        if compressor is None:
+            return body
+        try:
+            return await self._decompress(body.view(), compressor, head)
+        finally:
+            body.close()
+
+    async def _decompress(
+        self, data: bytes | memoryview, compressor: s.Compressor, head: s.Head
+    ) -> Body:
+        with self.hub.intake.spool(head.decompressed_length) as spool:
+            await asyncio.to_thread(self._decompress_to, spool, data, compressor, head)
+            return spool.seal()
+
+    def _decompress_to(
+        self, spool: Spool, data: bytes | memoryview, compressor: s.Compressor, head: s.Head
+    ) -> None:
+        for piece in decompress_pieces(
+            data,
+            dictionary=compressor.dictionary,
+            expected_length=head.decompressed_length,
+            max_window_size=self.config.decompression_max_window_size,
+        ):
+            spool.write(piece)
+
+    # subscribing
+
+    def some_topic(self) -> bytes | None:
+        """A topic that it wants, if any."""
+        session = self.session
+        return next(iter(session.topics), b"" if session.globs else None)
+
+    def _subscription(self, event: s.SubscriptionAsked) -> None:
+        self._asked.append(event)
+        if self._subscribing is None or self._subscribing.done():
+            self._subscribing = self.hub.spawn(self._guard(self._subscribe()))
+
+    async def _subscribe(self) -> None:
+        """What piles up while the database writes goes into its next transaction together."""
+        while self._asked:
+            batch = [self._asked.popleft()]
+            while self._asked and self._asked[0].subscribes is batch[0].subscribes:
+                batch.append(self._asked.popleft())
+            topics = Topics.of(
+                [e.message.topic for e in batch if isinstance(e.message, _EXACT)],
+                [e.message.glob for e in batch if isinstance(e.message, _GLOB)],
+            )
+            if batch[0].subscribes:
+                await self.hub.registry.add(self, topics)
+            else:
+                await self.hub.registry.remove(self, topics)
+            for event in batch:
+                self._answer(event)
+
+    # sending
+
+    def queue(self, outgoing: Outgoing) -> None:
+        """Takes over a reference to a message."""
+        session = self.session
+        if not self._waiting and self._ready_bytes < _READY_BYTES and not self._streaming:
+            if session.phase is s.Phase.CLOSED:
+                outgoing.release()
+                return
+            if session.room > 0 and (frame := outgoing.frame(session, time.time())) is not None:
+                self._push(frame)
+                outgoing.release()
+                return
+        config, held = self.config, self._waiting_bytes
+        if len(self._waiting) >= config.websocket_max_pending_sends or (
+            held and held + outgoing.length > config.websocket_max_pending_bytes
+        ):
+            outgoing.release()
+            self.fail(
+                Closing(
+                    TOO_SLOW,
+                    f"too slow: {len(self._waiting):,} messages of {held:,} bytes"
+                    " wait (websocket_max_pending_sends, websocket_max_pending_bytes)",
+                )
+            )
+            return
+        self._wait(outgoing)
+
+    def queue_notice(self, topic: bytes) -> None:
+        """Says once that something on `topic` may have been missed, however often this is called
+        before it is sent."""
+        if not any(isinstance(w, Notice) and w.topic == topic for w in self._waiting):
+            self.offer(Notice(topic))
+
+    def offer(self, waiting: Offer | Withdrawal | Notice) -> None:
+        """What is rare and small is not bounded: there is one per topic or dictionary."""
+        self._wait(waiting)
+
+    def _wait(self, waiting: Waiting) -> None:
+        self._waiting.append(waiting)
+        self._waiting_bytes += waiting.length
+        self._wake.set()
+
+    def _push(self, frame: bytes) -> None:
+        self._frames.append(frame)
+        self._ready_bytes += len(frame)
+        self._wake.set()
+
+    def _make_frames(self) -> None:
+        """As many of those that wait as the window and the socket have room for."""
+        session, waiting = self.session, self._waiting
+        while waiting and self._ready_bytes < _READY_BYTES and not self._streaming:
+            if session.room <= 0 or session.phase is not s.Phase.OPEN:
+                return
+            frame = waiting[0].frame(session, time.time())
+            if frame is None:
+                self._wake.set()
+                return
+            self._push(frame)
+            self._done(waiting.popleft())
+
+    def _done(self, waited: Waiting) -> None:
+        self._waiting_bytes -= waited.length
+        waited.release()
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._write_frames()
+            self._make_frames()
+            while not self._frames and self._waiting and self.session.room > 0:
+                large = self._waiting[0]
+                assert isinstance(large, Outgoing)  # all else fits a frame
+                await self._stream(large)
+                self._make_frames()
+
+    async def _write_frames(self) -> None:
+        frames, send = self._frames, self._send
+        while frames:
+            frame = frames.popleft()
+            await send({"type": "websocket.send", "bytes": frame})
+            self._ready_bytes -= len(frame)
+        self._relieved.set()
+
+    async def _stream(self, outgoing: Outgoing) -> None:
+        """A message that needs time: to be compressed, or more frames than one."""
+        session = self.session
+        payload, body = await outgoing.packed(session.compressor_for(outgoing.body.length))
+        if body.data is not None and session.one_frame(payload):
+            return  # now it is one like all others
+        try:
+            session.open_stream(payload)
+        except LocalProtocolError as e:
+            log.warning("websocket %s: %s; it is told that it missed a message", self.name, e)
+            self._replace(outgoing, Notice(payload.topic))
+            return
+        self._streaming = True
+        while session.sending:
+            while session.room <= 0:
+                self._acknowledged.clear()
+                await self._acknowledged.wait()
+            part = session.next_part(time.time())
+            data = await _read_part(body, part)
+            await self._write_frames()
+            await self._send({"type": "websocket.send", "bytes": b"".join((part.head, data))})
+        self._streaming = False
+        self._done(self._waiting.popleft())
+
+    def _replace(self, outgoing: Outgoing, notice: Notice) -> None:
+        self._waiting[0] = notice
+        self._done(outgoing)
+
+
+_EXACT = (m.SubscribeExact, m.UnsubscribeExact)
+_GLOB = (m.SubscribeGlob, m.UnsubscribeGlob)
+
+
+async def _frame(receive: Receive) -> bytes:
+    event = await receive()
+    if event["type"] == "websocket.disconnect":
+        code = event.get("code") or 1005
+        raise Closing(1005, f"by the peer, with {code} {event.get('reason') or ''}".rstrip())
+    frame: bytes | None = event.get("bytes")
+    if frame is None:
+        raise Closing(4400, "a text frame: all messages are binary")
+    return frame
+
+
+async def _read_part(body: Body, part: s.PartFrame) -> bytes | memoryview:
+    if body.data is not None:
+        return memoryview(body.data)[part.offset : part.offset + part.length]
+    return await asyncio.to_thread(body.read_at, part.offset, part.length)
+
+
+async def _cancelled(*tasks: asyncio.Task[None] | None) -> None:
+    """Cancels tasks and waits until they are over."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)
