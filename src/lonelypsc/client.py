@@ -21,6 +21,7 @@ from lonelypsc.errors import (
     PubSubRequestAmbiguousError,
     PubSubRequestConnectionAbandonedError,
     PubSubRequestError,
+    PubSubRequestQueueFullError,
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "PubSubRequestAmbiguousError",
     "PubSubRequestConnectionAbandonedError",
     "PubSubRequestError",
+    "PubSubRequestQueueFullError",
     "PubSubRequestRefusedError",
     "PubSubRequestRetriesExhaustedError",
     "Transport",
@@ -106,6 +108,10 @@ class Hub(Protocol):
         """Everything that broadcasters should send us, what is being asked for included."""
         ...
 
+    def is_wanted(self, key: bytes | str) -> bool:
+        """Whether this very topic, or glob, is among `wanted`."""
+        ...
+
     def wants(self, topic: bytes) -> bool:
         """Whether a message on `topic` has a receiver here."""
         ...
@@ -120,6 +126,18 @@ class Hub(Protocol):
 
     def gap(self) -> None:
         """Messages may have been missed, on any topic."""
+        ...
+
+    def lost(self) -> None:
+        """No broadcaster can send us anything at the moment."""
+        ...
+
+    def established(self) -> None:
+        """Everything wanted arrives from now on; what came before may have been missed."""
+        ...
+
+    def abandoned(self, reason: str) -> None:
+        """Nothing will ever arrive again."""
         ...
 
 
@@ -182,6 +200,7 @@ class PubSubClient:
         self._receivers: dict[int, OnMessageReceiver] = {}
         self._handlers: dict[int, StatusHandler] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._telling = asyncio.Lock()
         self._entered = False
         self.connection_status = PubSubClientConnectionStatus.LOST
 
@@ -195,15 +214,12 @@ class PubSubClient:
             self._entered = False
             self.connection_status = PubSubClientConnectionStatus.ABANDONED
             raise
-        self.connection_status = PubSubClientConnectionStatus.OK
         return self
 
     async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         self._entered = False
-        self.connection_status = PubSubClientConnectionStatus.ABANDONED
-        for buffer in list(self._buffers):
-            buffer.close("the client was left")
-        self._buffers.clear()
+        already = self.connection_status is PubSubClientConnectionStatus.ABANDONED
+        self._abandon("the client was left")
         try:
             await self._transport.stop()
         except PubSubError as e:
@@ -211,7 +227,15 @@ class PubSubClient:
                 raise
             logger.warning("leaving the client: %s", e)
         finally:
-            await self._tell("on_connection_abandoned")
+            if not already:
+                self._announce("on_connection_abandoned")
+            await asyncio.gather(*self._background)
+
+    def _abandon(self, reason: str) -> None:
+        self.connection_status = PubSubClientConnectionStatus.ABANDONED
+        for buffer in self._buffers:
+            buffer.close(reason)
+        self._buffers.clear()
 
     def _check_entered(self) -> None:
         if not self._entered:
@@ -357,16 +381,39 @@ class PubSubClient:
         return taken
 
     def _gap(self) -> None:
+        if self.connection_status is PubSubClientConnectionStatus.OK:
+            self._mark_gaps()
+            self._announce("on_connection_lost", "on_connection_established")
+
+    def _lost(self) -> None:
+        if self.connection_status is PubSubClientConnectionStatus.OK:
+            self.connection_status = PubSubClientConnectionStatus.LOST
+            self._announce("on_connection_lost")
+
+    def _established(self) -> None:
+        self.connection_status = PubSubClientConnectionStatus.OK
+        self._mark_gaps()
+        self._announce("on_connection_established")
+
+    def _abandoned(self, reason: str) -> None:
+        self._abandon(reason)
+        self._announce("on_connection_abandoned")
+
+    def _mark_gaps(self) -> None:
         for buffer in self._buffers:
             buffer.mark_gap()
+
+    def _announce(self, *events: str) -> None:
+        """Tells the status handlers, in the order of the events."""
         if self._handlers:
-            task = asyncio.create_task(self._tell_gap())
+            task = asyncio.create_task(self._tell_all(events))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
-    async def _tell_gap(self) -> None:
-        await self._tell("on_connection_lost")
-        await self._tell("on_connection_established")
+    async def _tell_all(self, events: Iterable[str]) -> None:
+        async with self._telling:  # first come, first served
+            for event in events:
+                await self._tell(event)
 
     async def _tell(self, event: str) -> None:
         for handler in list(self._handlers.values()):
@@ -452,11 +499,13 @@ class PubSubClient:
         self._receivers.pop(registration_id, None)
 
     async def direct_register_status_handler(self, *, receiver: StatusHandler) -> int:
-        """`on_connection_established` is awaited at once; LOST and OK follow after each gap."""
+        """`on_connection_established` is awaited at once if the connection is; LOST and OK follow
+        after each gap."""
         self._check_entered()
         registration = next(self._ids)
         self._handlers[registration] = receiver
-        await receiver.on_connection_established()
+        if self.connection_status is PubSubClientConnectionStatus.OK:
+            await receiver.on_connection_established()
         return registration
 
     async def direct_unregister_status_handler(self, *, registration_id: int) -> None:
@@ -471,7 +520,11 @@ class _ClientHub:
         self._interests = client._interests
         self.wants = client._interests.wants
         self.deliver = client._deliver
+        self.is_wanted = client._interests.is_wanted
         self.gap = client._gap
+        self.lost = client._lost
+        self.established = client._established
+        self.abandoned = client._abandoned
 
     @property
     def wanted(self) -> Topics:

@@ -95,6 +95,29 @@ class Content:
             return None
         return self._view.tobytes()
 
+    @property
+    def view(self) -> memoryview | None:
+        """The message itself if it is in memory."""
+        return self._view
+
+    def read(self, offset: int, size: int) -> bytes | memoryview:
+        """`size` bytes from `offset`; of a file, this blocks.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file has become shorter.
+        """
+        if self._view is not None:
+            return self._view[offset : offset + size]
+        pieces, at = [], offset
+        while at < offset + size:
+            piece = self._read_at(self._offset + at, offset + size - at)
+            if not piece:
+                raise ValueError(f"notify: the file ends at {at:,} of {self.length:,} bytes")
+            pieces.append(piece)
+            at += len(piece)
+        return b"".join(pieces)
+
     async def stream(self, head: bytes) -> AsyncIterator[bytes | memoryview]:
         """`head` and the message, from its beginning."""
         yield head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,10 @@ class PubSubRequestRefusedError(PubSubRequestError):
 
 class PubSubRequestConnectionAbandonedError(PubSubRequestError):
     """The client or the subscription was left; nothing more will arrive."""
+
+
+class PubSubRequestQueueFullError(PubSubRequestError, asyncio.QueueFull):
+    """More messages wait to be sent than `max_unsent_notifications` allows."""
 
 
 class PubSubIrrecoverableError(BaseException):

@@ -90,6 +90,7 @@ class HttpTransport:
         self._stop_serving = await self._serve()
         self._broadcasters = Broadcasters(self._config)
         self._reconciler = asyncio.create_task(self._reconcile_forever())
+        hub.established()
 
     async def stop(self) -> None:
         """Every step is taken, whatever the earlier ones ended with."""

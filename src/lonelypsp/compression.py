@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from threading import get_ident
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,11 @@ _HEAD = 5
 _KNOWS_SIZE = 0xE0
 _HAS_CHECKSUM = 4
 _RLE, _COMPRESSED = 1, 2
+
+
+def available() -> bool:
+    """Whether zstandard is installed."""
+    return find_spec("zstandard") is not None
 
 
 def decompress(
@@ -126,6 +132,12 @@ def decompress_pieces(
         raise RemoteProtocolError(
             f"compressed body: becomes {than} than the {expected_length:,} bytes declared"
         )
+
+
+def pays(length: int, compressed: int) -> bool:
+    """Whether a body of `length` bytes should be sent as the `compressed` bytes it became: they
+    are fewer, but not so few that a receiver takes them for an attack."""
+    return compressed < length <= max(RATIO_FREE, MAX_RATIO * compressed)
 
 
 def compress(data: Buffer, *, dictionary: bytes | None, level: int) -> bytes:

@@ -32,6 +32,11 @@ class Topics:
             raise TypeError("give a list of topics, not one")
         return cls(frozenset(map(_exact, exact)), frozenset(map(_glob, globs)))
 
+    @property
+    def keys(self) -> list[bytes | str]:
+        """All of them: topics are bytes, globs text."""
+        return [*self.exact, *self.globs]
+
     def each(self) -> Iterator[Topics]:
         """One set per topic and per glob."""
         for topic in self.exact:
@@ -89,6 +94,10 @@ class Interests(Generic[V]):
     @property
     def wanted(self) -> Topics:
         return Topics(frozenset(self.exact), frozenset(self.globs))
+
+    def is_wanted(self, key: bytes | str) -> bool:
+        """Whether somebody wants this very topic, or this very glob."""
+        return key in (self.exact if isinstance(key, bytes) else self.globs)
 
     def add(self, owner: V, topics: Topics) -> None:
         self.exact.update(topics.exact)

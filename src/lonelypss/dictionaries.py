@@ -13,12 +13,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lonelypsp.compression import FIRST_CUSTOM, MAX_LEVEL, WITHOUT_DICTIONARY
+from lonelypsp.compression import FIRST_CUSTOM, MAX_LEVEL, WITHOUT_DICTIONARY, available
 from lonelypsp.session import BroadcasterSession
 from lonelypss.config import BroadcasterConfig, ConfigError
 
@@ -34,11 +33,6 @@ class Dictionary:
     id: int
     data: bytes
     level: int
-
-
-def available(config: BroadcasterConfig) -> bool:
-    """Whether bodies may be compressed at all."""
-    return config.compression_allowed and find_spec("zstandard") is not None
 
 
 def load_presets(config: BroadcasterConfig) -> dict[int, Dictionary]:
@@ -90,7 +84,7 @@ class Dictionaries:
         self.presets = load_presets(config)
         self.trained: list[Dictionary] = []
         self.listeners = 0
-        self.allowed = available(config)
+        self.allowed = config.compression_allowed and available()
         self.training_allowed = self.allowed and config.compression_training
         self._changed = changed
         self._ids = count(FIRST_CUSTOM)

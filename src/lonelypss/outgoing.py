@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from lonelypsp import session as s
-from lonelypsp.compression import compress, compress_pieces
+from lonelypsp.compression import compress, compress_pieces, pays
 from lonelypsp.spool import Body, Spool
 from lonelypss.intake import Intake
 
@@ -131,6 +131,9 @@ class Outgoing:
 
     def _about(self, compressor: s.Compressor, packed: Body) -> tuple[s.Payload, Body]:
         plain = self.payload
+        if not pays(plain.length, packed.length):
+            packed.close()
+            return plain, self.body.share()
         payload = s.Payload(
             plain.topic,
             plain.identifier,

@@ -35,6 +35,7 @@ class Transport:
 
     async def start(self, hub: Any) -> None:
         self.hub = hub
+        hub.established()
 
     async def stop(self) -> None:
         self.calls.append(("stop", None))

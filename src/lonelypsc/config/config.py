@@ -130,24 +130,28 @@ class HttpPubSubConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", _normal_host(self.host))
-        object.__setattr__(self, "broadcasters", tuple(map(_broadcaster, self.broadcasters)))
+        object.__setattr__(
+            self,
+            "broadcasters",
+            tuple(normal_broadcaster(b, ("http", "https")) for b in self.broadcasters),
+        )
         _check_bind(self.bind)
         _check_host(self.host, self.bind)
-        _check_auth(self.auth)
+        check_auth(self.auth)
         if not self.broadcasters:
             raise ValueError("broadcasters: at least one is needed")
-        _at_least("outgoing_retries_per_broadcaster", self.outgoing_retries_per_broadcaster, 1)
-        _at_least("message_body_spool_size", self.message_body_spool_size, 0)
-        _at_least("receive_buffer_messages", self.receive_buffer_messages, 1)
-        _at_least("receive_buffer_bytes", self.receive_buffer_bytes, 1)
+        at_least("outgoing_retries_per_broadcaster", self.outgoing_retries_per_broadcaster, 1)
+        at_least("message_body_spool_size", self.message_body_spool_size, 0)
+        at_least("receive_buffer_messages", self.receive_buffer_messages, 1)
+        at_least("receive_buffer_bytes", self.receive_buffer_bytes, 1)
         if self.max_receive_body is not None:
-            _at_least("max_receive_body", self.max_receive_body, 0)
+            at_least("max_receive_body", self.max_receive_body, 0)
         for name in ("total", "connect", "sock_read", "sock_connect"):
             key = f"outgoing_http_timeout_{name}"
             if getattr(self, key) is not None:
-                _positive(key, getattr(self, key), "seconds, or None for no limit")
-        _positive("resubscribe_interval", self.resubscribe_interval, "seconds")
-        _positive("outgoing_http_min_rate", self.outgoing_http_min_rate, "bytes per second")
+                positive(key, getattr(self, key), "seconds, or None for no limit")
+        positive("resubscribe_interval", self.resubscribe_interval, "seconds")
+        positive("outgoing_http_min_rate", self.outgoing_http_min_rate, "bytes per second")
 
 
 make_http_pub_sub_config = HttpPubSubConfig
@@ -159,11 +163,16 @@ def _normal_host(host: str) -> str:
     return base.rstrip("/") + hash_sign + fragment
 
 
-def _broadcaster(config: PubSubBroadcasterConfig) -> PubSubBroadcasterConfig:
+def normal_broadcaster(
+    config: PubSubBroadcasterConfig, schemes: tuple[str, str]
+) -> PubSubBroadcasterConfig:
+    """`config`, checked, without a slash at the end of its host."""
     host = config["host"].rstrip("/")
-    if host.startswith(("ws://", "wss://")):
-        raise ValueError(f"broadcasters: {host!r} is for a websocket client; use http(s)://")
-    if _split("broadcasters: host", host).fragment:
+    scheme = host.partition("://")[0]
+    if scheme in ("ws", "wss", "http", "https") and scheme not in schemes:
+        other = "websocket" if scheme.startswith("ws") else "HTTP"
+        raise ValueError(f"broadcasters: {host!r} is for a {other} client; use {schemes[0]}(s)://")
+    if _split("broadcasters: host", host, schemes).fragment:
         raise ValueError(f"broadcasters: host {host!r} must not have a #fragment")
     if not isinstance(config.get("priority", 0), int):
         raise ValueError(f"broadcasters: priority of {host!r} must be an int")  # noqa: TRY004
@@ -182,16 +191,16 @@ def _check_host(host: str, bind: HttpPubSubBind) -> None:
         raise ValueError(f"host: longer than {_MAX_URL:,} bytes, which the protocol cannot carry")
 
 
-def _split(name: str, url: str) -> SplitResult:
+def _split(name: str, url: str, schemes: tuple[str, str] = ("http", "https")) -> SplitResult:
     if re.search(r"[\s\x00-\x1f\x7f\ud800-\udfff]", url):
         raise ValueError(f"{name}: {url!r} contains spaces or control characters")
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != -1
+        usable = parts.scheme in schemes and bool(parts.hostname) and parts.port != -1
     except ValueError as e:
         raise ValueError(f"{name}: {url!r} is not a url ({e})") from None
     if not usable:
-        raise ValueError(f"{name}: {url!r} must be http(s)://address[:port][/prefix]")
+        raise ValueError(f"{name}: {url!r} must be {schemes[0]}(s)://address[:port][/prefix]")
     if parts.query or "?" in url.partition("#")[0]:
         raise ValueError(f"{name}: {url!r} must not have a ?query: paths are appended to it")
     return parts
@@ -210,18 +219,18 @@ def _check_bind(bind: HttpPubSubBind) -> None:
         raise ValueError(f"bind: port {bind.get('port')!r} is not between 0 and 65535")
 
 
-def _check_auth(auth: AuthConfig) -> None:
+def check_auth(auth: AuthConfig) -> None:
     for direction in ("to_broadcaster", "to_subscriber"):
         authenticator = getattr(auth, direction, None)
         if not (hasattr(authenticator, "authorize") and hasattr(authenticator, "check")):
             raise ValueError(f"auth: {direction} has no authorize() and check()")
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
+def at_least(name: str, value: int, minimum: int) -> None:
     if not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an int of at least {minimum}, not {value!r}")
 
 
-def _positive(name: str, value: float, unit: str) -> None:
+def positive(name: str, value: float, unit: str) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0 ({unit}), not {value!r}")

@@ -1,0 +1,282 @@
+"""One websocket of a client: binary frames in and out, nothing about what they mean.
+
+The rules of websockets come from the package `websockets`, which does no I/O; this adds the socket.
+Frames that are sent during one turn of the event loop leave in one write, because a write costs
+more than making several frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from ssl import SSLContext, create_default_context
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from lonelypsc.errors import PubSubError
+
+if TYPE_CHECKING:
+    from websockets.client import ClientProtocol
+
+_RESUME_PART = 2
+_BYTES_AHEAD = 1024 * 1024
+_PORTS = {"ws": 80, "wss": 443}
+ABNORMAL = 1006
+
+
+class ConnectionLost(PubSubError):
+    """The websocket is gone, or never came about."""
+
+
+class Socket(asyncio.Protocol):
+    """Use `connect`.
+
+    Attributes:
+        writable: set while the peer takes what is sent; wait for it before sending much.
+        on_writable: called when that is so again.
+    """
+
+    def __init__(self, url: str, *, max_size: int, max_frames: int, heartbeat: float) -> None:
+        websockets = _websockets()
+        self._loop = asyncio.get_running_loop()
+        self._ws: ClientProtocol = websockets.client.ClientProtocol(
+            websockets.uri.parse_uri(url), max_size=max_size
+        )
+        self._data_frames = (websockets.Opcode.BINARY, websockets.Opcode.CONT)
+        self._frame_class = websockets.Frame
+        self._opcodes = websockets.Opcode
+        self._transport: asyncio.Transport | None = None
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._gone: asyncio.Future[None] = self._loop.create_future()
+        self._flushing = False
+        self.on_writable: Callable[[], None] = _nothing
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self._frames: deque[bytes] = deque()
+        self._begun: list[bytes] = []
+        self._bytes = 0
+        self._max_frames = max_frames
+        self._paused = False
+        self._reader: asyncio.Future[None] | None = None
+        self._end: str | None = None
+        self._heartbeat = heartbeat
+        self._heard = self._loop.time()
+        self._asked = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # the user's side
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a frame is there already."""
+        return bool(self._frames)
+
+    async def frame(self) -> bytes:
+        """The next frame.
+
+        Raises:
+            ConnectionLost: there will be none; says why.
+        """
+        while not self._frames:
+            if self._end is not None:
+                raise ConnectionLost(self._end)
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        frame = self._frames.popleft()
+        self._bytes -= len(frame)
+        if self._paused and self._transport is not None and not self._is_full(_RESUME_PART):
+            self._paused = False
+            self._transport.resume_reading()
+        return frame
+
+    def send(self, frame: bytes) -> None:
+        """Sends a frame at the end of this turn of the loop; after the end, it does nothing."""
+        if self._end is None:
+            self._ws.send_binary(frame)
+            self._flush_soon()
+
+    async def close(self, code: int, reason: str, patience: float | None) -> None:
+        """Says goodbye and waits `patience` seconds for an answer."""
+        self.fail(code, reason)
+        await asyncio.wait((self._gone,), timeout=patience)
+        self.abort("")
+
+    def fail(self, code: int, reason: str) -> None:
+        """Tells the peer what it did wrong, without waiting for anything."""
+        if self._end is None:
+            self._ws.send_close(code, reason.encode()[:120].decode("utf-8", "ignore"))
+            self._ended(f"closed by us: {code} {reason}")
+            self._flush()
+
+    def abort(self, why: str) -> None:
+        """Ends it at once."""
+        self._ended(why)
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def opened(self) -> None:
+        """Returns after the handshake. Raises ConnectionLost."""
+        await self._opened
+
+    # the socket's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is not one by class
+        self._ws.send_request(self._ws.connect())
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = self._loop.time()
+        self._asked = False
+        self._ws.receive_data(data)
+        for event in self._ws.events_received():
+            if isinstance(event, self._frame_class):
+                self._take(event)
+            elif self._ws.handshake_exc is None:
+                self._timer = self._loop.call_later(self._heartbeat, self._beat)
+                self._opened.set_result(None)
+        if self._ws.handshake_exc is not None:
+            self._ended(f"the broadcaster does not take websockets here: {self._ws.handshake_exc}")
+        if self._ws.parser_exc is not None:
+            self._ended(f"the broadcaster breaks the rules of websockets: {self._ws.parser_exc}")
+        self._flush_soon()
+        if self._frames and self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+        if not self._paused and self._is_full(1) and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> None:
+        self._ws.receive_eof()
+        self._flush()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+        self.on_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ended(f"connection lost: {exc or 'the other end closed it'}")
+        self.writable.set()
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def _is_full(self, part: int) -> bool:
+        return len(self._frames) * part > self._max_frames or self._bytes * part > _BYTES_AHEAD
+
+    def _take(self, frame: Any) -> None:
+        opcodes = self._opcodes
+        if frame.opcode in self._data_frames:
+            self._begun.append(frame.data)
+            if frame.fin:
+                whole = self._begun[0] if len(self._begun) == 1 else b"".join(self._begun)
+                self._begun = []
+                self._frames.append(whole)
+                self._bytes += len(whole)
+        elif frame.opcode is opcodes.CLOSE:
+            close = self._ws.close_rcvd
+            code, reason = (close.code, close.reason) if close else (ABNORMAL, "")
+            self._ended(f"closed by the broadcaster: {code} {reason}".rstrip())
+        elif frame.opcode is opcodes.TEXT:
+            self._ws.fail(1003, "a text frame")
+            self._ended("the broadcaster sent a text frame")
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        output = self._ws.data_to_send()
+        if output:
+            transport.write(b"".join(output))
+            if output[-1] == b"":  # its way to say: nothing follows
+                transport.close()
+
+    def _beat(self) -> None:
+        silence = self._loop.time() - self._heard
+        if self._paused or silence < self._heartbeat:
+            wait = self._heartbeat if self._paused else self._heartbeat - silence
+        elif not self._asked:
+            self._asked = True
+            self._ws.send_ping(b"")
+            self._flush()
+            wait = self._heartbeat / 2
+        else:
+            self._ended(f"the broadcaster was silent for {silence:.1f} s (heartbeat)")
+            self.abort("")
+            return
+        self._timer = self._loop.call_later(wait, self._beat)
+
+    def _ended(self, why: str) -> None:
+        """The first reason counts."""
+        if self._end is not None:
+            return
+        self._end = why
+        if not self._opened.done():
+            self._opened.set_exception(ConnectionLost(why))
+            self._opened.exception()  # seen, even if nobody waits
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+def _nothing() -> None:
+    pass
+
+
+async def connect(
+    url: str, *, ssl_context: SSLContext | None, max_size: int, max_frames: int, heartbeat: float
+) -> Socket:
+    """An open websocket.
+
+    Args:
+        url: ws:// or wss://.
+        ssl_context: for wss://; None: the system's certificates.
+        max_size: bytes of a frame; a larger one ends the connection.
+        max_frames: received and not yet taken; above it nothing is read.
+        heartbeat: seconds of silence after which the peer is asked for a sign of life.
+
+    Raises:
+        ConnectionLost: it cannot be opened; says why.
+    """
+    parts = urlsplit(url)
+    tls = None
+    if parts.scheme == "wss":
+        tls = ssl_context or create_default_context()
+    socket = Socket(url, max_size=max_size, max_frames=max_frames, heartbeat=heartbeat)
+    try:
+        await asyncio.get_running_loop().create_connection(
+            lambda: socket, parts.hostname or "", parts.port or _PORTS[parts.scheme], ssl=tls
+        )
+        await socket.opened()
+    except OSError as e:
+        raise ConnectionLost(f"cannot connect: {e}") from e
+    except BaseException:
+        socket.abort("given up")
+        raise
+    return socket
+
+
+def _websockets() -> ModuleType:
+    try:
+        import websockets
+        import websockets.client
+        import websockets.uri
+    except ImportError as e:
+        raise ConnectionLost(
+            "websockets are needed: pip install 'lonelypsc[standard]', or use the HTTP client"
+        ) from e
+    return websockets
