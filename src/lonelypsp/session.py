@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
 from io import BytesIO
 from os import urandom
 from typing import Any, ClassVar, TypeAlias, TypedDict, Unpack
@@ -68,7 +69,7 @@ class Inside(Enum):
     ONLY = auto()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """One row of the table.
 
@@ -82,6 +83,11 @@ class Rule:
     inside: Inside
     answer: type[Message] | None = None
     more: type[Message] | None = None
+
+    @cached_property
+    def counted(self) -> bool:
+        """Whether it uses up a value of its sender's counter."""
+        return self.url in (Url.OWN, Url.OWN_AS_RECOVERY)
 
 
 _NEW, _CONFIGURED, _OPEN = Phase.NEW, Phase.CONFIGURED, Phase.OPEN
@@ -117,25 +123,43 @@ RULES: Mapping[type[Message], Rule] = {
     m.Missed: Rule(_OPEN, Url.OWN_AS_RECOVERY, _ACCEPTED),
 }
 
-_SIGNED = {name: ("tracing", *(f for f, _ in row.layout)) for name, row in OPERATIONS.items()}
 _SUBSCRIBES = (m.SubscribeExact, m.SubscribeGlob)
 _TO_SUBSCRIBER = [
     *(m.ConfirmSubscribeExact, m.ConfirmSubscribeGlob, m.ConfirmUnsubscribeExact),
     *(m.ConfirmUnsubscribeGlob, m.ConfirmNotify, m.ContinueNotify),
 ]
-_COUNTED = (Url.OWN, Url.OWN_AS_RECOVERY)
 _NO_COUNTER = (0,)
 _NOTHING: Mapping[str, Any] = {}
+_ONLY_ITSELF = (_NOTHING,)
 HEAD_ALLOWANCE = 1024
 """More than the headers of a frame have, but for topic and identifier, with our authenticators."""
 
 
 def _url_fields(kind: Url, url: str) -> dict[str, Any]:
-    if kind is Url.NONE:
-        return {}
     if kind is Url.OWN_AS_RECOVERY:
         return {"recovery": url}
     return {"url": url, "recovery": None}
+
+
+class _Signed(Mapping[str, Any]):
+    """What is signed for a message: its own fields, and those that it does not carry."""
+
+    __slots__ = ("_message", "_more")
+
+    def __init__(self, message: Message, more: Mapping[str, Any]) -> None:
+        self._message, self._more = message, more
+
+    def __getitem__(self, name: str) -> Any:
+        more = self._more
+        return more[name] if name in more else getattr(self._message, name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield "tracing"
+        for name, _ in OPERATIONS[self._message.OPERATION].layout:
+            yield name
+
+    def __len__(self) -> int:
+        return 1 + len(OPERATIONS[self._message.OPERATION].layout)
 
 
 COUNTS_PARTS = b"counts-parts"
@@ -195,7 +219,7 @@ class Compressor:
         return self.min_size <= length and (unlimited or length < self.max_size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Payload:
     """A body to be sent, without the body.
 
@@ -225,7 +249,7 @@ class Payload:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PartFrame:
     """A frame to send: `head`, then `length` bytes of the body from `offset`."""
 
@@ -238,24 +262,31 @@ class PartFrame:
 Head: TypeAlias = m.Notify | m.StreamStart
 
 
-@dataclass(slots=True, eq=False)
 class Exchange:
     """A frame that is to be answered, as both ends see it.
 
     Attributes:
         answer: what the answer is.
-        repeats: the fields it has from the frame.
+        repeats: fields that it has from the frame.
         covers: what it is signed with besides; a peer may choose any of these.
-        given: the other fields, once they are known.
+        given: its other fields, once they are known.
     """
 
-    answer: type[Message]
-    repeats: dict[str, Any]
-    covers: list[dict[str, Any]]
-    given: dict[str, Any] | None = None
+    __slots__ = ("answer", "covers", "given", "repeats")
+
+    def __init__(
+        self,
+        answer: type[Message],
+        repeats: dict[str, Any],
+        covers: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.answer = answer
+        self.repeats = repeats
+        self.covers = covers
+        self.given: Mapping[str, Any] | None = None
 
 
-# what a frame can mean
+# What a frame can mean. Those that come often are not frozen, which would triple their cost.
 @dataclass(frozen=True, slots=True)
 class Configured:
     """To the broadcaster; next: `confirm_configure`.
@@ -274,7 +305,7 @@ class Opened:
     """To the subscriber: now it may send."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SubscriptionAsked:
     """To the broadcaster: do it, then `answer`."""
 
@@ -286,7 +317,7 @@ class SubscriptionAsked:
         return isinstance(self.message, _SUBSCRIBES)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PartArrived:
     """A body is not complete: `answer` when more may come. The sink has the bytes."""
 
@@ -296,7 +327,7 @@ class PartArrived:
     sink: Sink
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BodyArrived:
     """A body is complete: use it, then `answer`.
 
@@ -312,7 +343,7 @@ class BodyArrived:
     sink: Sink | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
     """The oldest unanswered frame of ours was answered by `message`."""
 
@@ -473,70 +504,74 @@ class Session:
         if self.phase is Phase.CLOSED:
             return Ignored()
         try:
-            return self._received(self._decode(frame), now)
+            message = self._decode(frame)
+            self._in_place(message)
+            return self._handlers[type(message)](message, now)
         except RemoteProtocolError as e:
             self.close()
             raise ConnectionBroken(str(e), status=e.status) from e
-
-    def _received(self, message: Message, now: float) -> Event:
-        if misplaced := self._misplaced(type(message), receiving=True):
-            raise RemoteProtocolError(misplaced)
-        return self._handlers[type(message)](message, now)
 
     def _misplaced(self, cls: type[Message], *, receiving: bool) -> str | None:
         """Why a message cannot come now; None: it can."""
         rule = RULES[cls]
         if rule.phase is not self.phase:
             return f"{cls.__name__} while the connection is {self.phase.value}"
-        began = self._receiving is not None if receiving else self._began
-        if rule.inside is Inside.ONLY:
-            return None if began else f"{cls.__name__} without a start"
-        forbidden = rule.inside is Inside.NO or (rule.inside is Inside.ACCEPTED and not receiving)
-        return f"{cls.__name__} between the parts of a body" if began and forbidden else None
+        inside = rule.inside
+        if (self._receiving is None) if receiving else not self._began:
+            return f"{cls.__name__} without a start" if inside is Inside.ONLY else None
+        if inside is Inside.YES or inside is Inside.ONLY:
+            return None
+        if inside is Inside.ACCEPTED and receiving:
+            return None
+        return f"{cls.__name__} between the parts of a body"
 
     @property
     def _began(self) -> bool:
         return self._sending is not None and self._sending.part_id > 0
 
-    def _verify(self, message: Any, now: float, *covers: Mapping[str, Any]) -> str:
+    def _in_place(self, message: Message) -> None:
+        if misplaced := self._misplaced(type(message), receiving=True):
+            raise RemoteProtocolError(misplaced)
+
+    def _verify(
+        self, message: Any, now: float, covers: Sequence[Mapping[str, Any]] = _ONLY_ITSELF
+    ) -> str:
         """Checks the authorization; the url that was signed.
 
         Args:
             covers: what is signed besides the fields of the message; any of them may be right.
         """
-        counted = RULES[type(message)].url in _COUNTED
-        for counter in self._peer_counters if counted else _NO_COUNTER:
-            url = connection_url(self._nonce, counter)
-            for more in covers or (_NOTHING,):
-                result = self._judged(message, url, now, more)
+        rule = RULES[type(message)]
+        result, url = AuthResult.FORBIDDEN, ""
+        for counter in self._peer_counters if rule.counted else _NO_COUNTER:
+            for more in covers:
+                if rule.counted:
+                    url = connection_url(self._nonce, counter)
+                    more = {**_url_fields(rule.url, url), **more}
+                result = self._judge.check(
+                    message.OPERATION, _Signed(message, more), message.authorization, now
+                )
                 if result is AuthResult.OK:
-                    if counted:
+                    if rule.counted:
                         self._peer_counters = (next_counter(counter),)
                     return url
+                if result is AuthResult.UNAVAILABLE:
+                    raise RemoteProtocolError(
+                        "authorization cannot be checked now", status=result.status
+                    )
         raise RemoteProtocolError(f"{type(message).__name__}: {result.name.lower()}", status=403)
-
-    def _judged(self, message: Any, url: str, now: float, more: Mapping[str, Any]) -> AuthResult:
-        known = {**_url_fields(RULES[type(message)].url, url), **more}
-        signed = {
-            name: known[name] if name in known else getattr(message, name)
-            for name in _SIGNED[message.OPERATION]
-        }
-        result = self._judge.check(message.OPERATION, signed, message.authorization, now)
-        if result is AuthResult.UNAVAILABLE:
-            raise RemoteProtocolError("authorization cannot be checked now", status=result.status)
-        return result
 
     def _on_whole(self, message: m.Notify, now: float) -> Event:
         compressor = self._acceptable(message)
         self._verify(message, now)
-        exchange = self._owe(message, head=message)
+        exchange = self._owe(_body_exchange(message, message, last=True))
         return BodyArrived(exchange, message, compressor, message.body, None)
 
     def _on_start(self, message: m.StreamStart, now: float) -> Event:
         compressor = self._acceptable(message)
         self._verify(message, now)
         last = len(message.body) == message.compressed_length
-        exchange = self._owe(message, head=message, last=last)
+        exchange = self._owe(_body_exchange(message, message, last=last))
         if last:
             if hashlib.sha512(message.body).digest() != message.sha512:
                 raise RemoteProtocolError("the body does not have the SHA-512 that came with it")
@@ -552,14 +587,14 @@ class Session:
         covers = {"topic": head.topic, "sha512": head.sha512, "tracing": head.tracing}
         self._verify_part(message, now, covers)
         last = body.add(message)
-        exchange = self._owe(message, head=head, last=last)
+        exchange = self._owe(_body_exchange(message, head, last=last))
         if not last:
             return PartArrived(exchange, head, message.part_id, sink)
         compressor, self._receiving = self._receiving.compressor, None
         return BodyArrived(exchange, head, compressor, None, sink)
 
     def _verify_part(self, message: m.StreamPart, now: float, covers: Mapping[str, Any]) -> None:
-        self._verify(message, now, covers)
+        self._verify(message, now, (covers,))
 
     def _acceptable(self, head: Head) -> Compressor | None:
         """Checks what a body says of itself; its compressor."""
@@ -575,24 +610,25 @@ class Session:
             raise RemoteProtocolError(f"compressor {head.compressor}: not enabled, or no data")
         return compressor
 
-    def _owe(self, message: Message, url: str = "", **about: Any) -> Exchange:
+    def _owe(self, exchange: Exchange) -> Exchange:
         if len(self._owed) >= self.limits.owed:
             raise RemoteProtocolError(f"{len(self._owed)} frames wait for an answer", status=429)
-        exchange = _exchange(message, url, **about)
         self._owed.append(exchange)
         return exchange
 
     def _on_answer(self, message: Message, now: float) -> Event:
-        name = type(message).__name__
+        cls = type(message)
         if not self._unanswered:
-            raise RemoteProtocolError(f"{name} where no answer is due")
+            raise RemoteProtocolError(f"{cls.__name__} where no answer is due")
         due = self._unanswered[0]
-        if type(message) is not due.answer:
-            raise RemoteProtocolError(f"{name} where {due.answer.__name__} is due")
+        if cls is not due.answer:
+            raise RemoteProtocolError(f"{cls.__name__} where {due.answer.__name__} is due")
         for key, value in due.repeats.items():
             if getattr(message, key) != value:
-                raise RemoteProtocolError(f"{name}: another {key} than that of the oldest frame")
-        self._verify(message, now, *due.covers)
+                raise RemoteProtocolError(
+                    f"{cls.__name__}: another {key} than that of the oldest frame"
+                )
+        self._verify(message, now, due.covers)
         self._unanswered.popleft()
         return Answered(message)
 
@@ -618,14 +654,18 @@ class Session:
             raise LocalProtocolError(f"{exchange.answer.__name__} was given already")
         whole = isinstance(event, BodyArrived) and isinstance(event.head, m.Notify)
         if whole and decompressed_sha512 is not None:  # for a stream older peers sign the other
-            exchange.covers[0]["sha512"] = decompressed_sha512
-        exchange.given = _given(exchange.answer, subscribers)
-        frames = []
-        while self.phase is not Phase.CLOSED and self._owed:
-            due = self._owed[0]
-            if due.given is None:
+            exchange.covers = ({**exchange.covers[0], "sha512": decompressed_sha512},)
+        if exchange.answer is m.ConfirmNotify:
+            exchange.given = {"subscribers": subscribers}
+        else:
+            exchange.given = _NOTHING
+        frames: list[bytes] = []
+        while self._owed and (given := self._owed[0].given) is not None:
+            if self.phase is Phase.CLOSED:
                 break
-            frames.append(self._send(due.answer, now, {**due.repeats, **due.given}, due.covers[0]))
+            due = self._owed[0]
+            due.repeats.update(given)
+            frames.append(self._send(due.answer, now, due.repeats, due.covers[0]))
             self._owed.popleft()
         return frames
 
@@ -652,7 +692,7 @@ class Session:
         if self.limits.parts is not None and s.part_id >= self.limits.parts:
             raise LocalProtocolError(f"more than {self.limits.parts} parts: raise frame_length")
         if s.part_id == 0:
-            message = self._made(self._START, now, {**s.payload.fields, "body": b""})
+            message = self._made(self._START, now, {**s.payload.fields, "body": b""}, _NOTHING)
         else:
             fields = {"identifier": s.payload.identifier, "part_id": s.part_id, "body": b""}
             covers = {"topic": s.payload.topic, "sha512": s.payload.sha512}
@@ -661,7 +701,7 @@ class Session:
         length = part_length(s.payload.length - s.offset, self.limits.frame_length, len(head))
         last = s.offset + length == s.payload.length
         frame = PartFrame(head, s.offset, length, last)
-        self._sent(message, head=s.payload, last=last)
+        self._sent(_body_exchange(message, s.payload, last=last), RULES[type(message)])
         if s.part_id == 0:
             s.after_start = self._counter
         s.offset, s.part_id = s.offset + length, s.part_id + 1
@@ -695,41 +735,58 @@ class Session:
         now: float,
         fields: Mapping[str, Any],
         covers: Mapping[str, Any] = _NOTHING,
-        **about: Any,
     ) -> bytes:
-        """The frame of a message, which is now as good as sent."""
-        if RULES[cls].answer is not None:
-            self._reserve()
+        """The frame of a message that needs no answer, now as good as sent."""
         message = self._made(cls, now, fields, covers)
         frame = m.encode(message, minimal=self._minimal)
-        self._sent(message, **about)
+        if RULES[cls].counted:
+            self._counter = next_counter(self._counter)
         return frame
 
     def _made(
-        self,
-        cls: type[Any],
-        now: float,
-        fields: Mapping[str, Any],
-        covers: Mapping[str, Any] = _NOTHING,
+        self, cls: type[Any], now: float, fields: Mapping[str, Any], covers: Mapping[str, Any]
     ) -> Message:
+        """A message, signed."""
         if misplaced := self._misplaced(cls, receiving=False):
             raise LocalProtocolError(misplaced)
-        url = connection_url(self._nonce, self._counter)
-        known = {"tracing": b"", **_url_fields(RULES[cls].url, url), **fields, **covers}
-        signed = {name: known[name] for name in _SIGNED[cls.OPERATION]}
-        made: Message = cls(
-            authorization=self._sign.authorize(cls.OPERATION, signed, now), **fields
-        )
+        made: Message = cls(**fields)
+        rule = RULES[cls]
+        if rule.counted:
+            url = connection_url(self._nonce, self._counter)
+            covers = {**_url_fields(rule.url, url), **covers}
+        authorization = self._sign.authorize(cls.OPERATION, _Signed(made, covers), now)
+        if authorization is not None:
+            object.__setattr__(made, "authorization", authorization)
         return made
 
-    def _sent(self, message: Message, **about: Any) -> None:
-        rule = RULES[type(message)]
-        if rule.answer is not None:
-            url = connection_url(self._nonce, self._counter)
-            self._unanswered.append(_exchange(message, url, **about))
-            self._asked += 1
-        if rule.url in _COUNTED:
+    def _sent(self, exchange: Exchange, rule: Rule) -> None:
+        """Takes note of a frame that is to be answered."""
+        self._unanswered.append(exchange)
+        self._asked += 1
+        if rule.counted:
             self._counter = next_counter(self._counter)
+
+    def _whole(
+        self, cls: type[m.Notify | m.StreamStart], payload: Payload, body: Buffer, now: float
+    ) -> bytes:
+        """A body in one frame."""
+        if payload.compressor != UNCOMPRESSED:
+            self._check_payload(payload)
+        self._reserve()
+        whole = payload.decompressed_length
+        fields = {
+            "topic": payload.topic,
+            "identifier": payload.identifier,
+            "compressor": payload.compressor,
+            "compressed_length": payload.length,
+            "decompressed_length": payload.length if whole is None else whole,
+            "sha512": payload.sha512,
+            "body": body,
+        }
+        message = self._made(cls, now, fields, _NOTHING)
+        frame = m.encode(message, minimal=self._minimal)
+        self._sent(_body_exchange(message, payload, last=True), RULES[cls])
+        return frame
 
     def _contradiction(self, message: Any) -> str | None:
         """Why a request to subscribe or unsubscribe makes no sense."""
@@ -814,13 +871,16 @@ class SubscriberSession(Session):
 
     def notify(self, payload: Payload, body: Buffer, now: float) -> bytes:
         """A message in one frame; see `one_frame`."""
-        self._check_payload(payload)
-        return self._send(m.Notify, now, {**payload.fields, "body": body}, head=payload)
+        return self._whole(m.Notify, payload, body, now)
 
     def _ask(self, message: Message, fields: dict[str, Any], now: float) -> bytes:
         if contradiction := self._contradiction(message):
             raise LocalProtocolError(contradiction)
+        self._reserve()
+        url = connection_url(self._nonce, self._counter)
         frame = self._send(type(message), now, fields)
+        self._unanswered.append(_request_exchange(message, url))
+        self._asked += 1
         self._change(message)
         return frame
 
@@ -832,7 +892,8 @@ class SubscriberSession(Session):
 
     def _verify_part(self, message: m.StreamPart, now: float, covers: Mapping[str, Any]) -> None:
         after_start, next_part = self._peer_counters[0], self._peer_counters[-1]
-        self._judged(message, connection_url(self._nonce, next_part), now, covers)
+        more = {**_url_fields(Url.OWN, connection_url(self._nonce, next_part)), **covers}
+        self._judge.check(message.OPERATION, _Signed(message, more), message.authorization, now)
         self._peer_counters = (after_start, next_counter(next_part))
 
     def _on_enable(self, message: m.EnableZstdPreset | m.EnableZstdCustom, now: float) -> Event:
@@ -916,6 +977,10 @@ class BroadcasterSession(Session):
             m.ContinueReceive: self._on_answer,
             m.ConfirmReceive: self._on_answer,
         }
+
+    def deliver(self, payload: Payload, body: Buffer, now: float) -> bytes:
+        """A message in one frame; see `one_frame`."""
+        return self._whole(m.ReceiveStreamStart, payload, body, now)
 
     def confirm_configure(self, now: float) -> bytes:
         frame = self._send(m.ConfirmConfigure, now, {"broadcaster_nonce": self._own_nonce})
@@ -1012,18 +1077,21 @@ class BroadcasterSession(Session):
         self._change(message)
         if len(self.topics) + len(self.globs) > self.limits.subscriptions:
             raise RemoteProtocolError("too many subscriptions", status=429)
-        return SubscriptionAsked(self._owe(message, url), message)
+        return SubscriptionAsked(self._owe(_request_exchange(message, url)), message)
 
-    def _verify(self, message: Any, now: float, *covers: Mapping[str, Any]) -> str:
-        url = super()._verify(message, now, *covers)
+    def _verify(
+        self, message: Any, now: float, covers: Sequence[Mapping[str, Any]] = _ONLY_ITSELF
+    ) -> str:
+        url = super()._verify(message, now, covers)
         if self._counts_parts is None and _never_from_older_client(message):
             self._counts_parts = True
         return url
 
     def _on_answer(self, message: Message, now: float) -> Event:
         event = super()._on_answer(message, now)
-        answered = self._asked - len(self._unanswered)
-        self._retired = {i: r for i, r in self._retired.items() if r[1] >= answered}
+        if self._retired:
+            answered = self._asked - len(self._unanswered)
+            self._retired = {i: r for i, r in self._retired.items() if r[1] >= answered}
         return event
 
 
@@ -1035,28 +1103,26 @@ def _never_from_older_client(message: Any) -> bool:
     return bool(message.tracing)
 
 
-def _exchange(message: Any, url: str = "", *, head: Any = None, last: bool = True) -> Exchange:
-    """What is due for `message`, the same on both ends.
+def _request_exchange(message: Any, url: str) -> Exchange:
+    """What is due for a request to subscribe or unsubscribe that was signed over `url`."""
+    answer = RULES[type(message)].answer
+    assert answer is not None  # the table says so
+    key = "glob" if "glob" in message.HEADERS else "topic"
+    return Exchange(answer, {key: getattr(message, key)}, (_url_fields(Url.REQUEST, url),))
 
-    Args:
-        url: over which the message is signed.
-        head: what began the body that `message` has, or has a part of.
-    """
+
+def _body_exchange(message: Any, head: Head | Payload, *, last: bool) -> Exchange:
+    """What is due for a body, or a part of one that `head` began; the same on both ends."""
     rule = RULES[type(message)]
-    answer = rule.answer if last else rule.more
-    assert answer is not None  # asked of nothing else
-    if head is None:
-        key = "glob" if "glob" in message.HEADERS else "topic"
-        return Exchange(answer, {key: getattr(message, key)}, [_url_fields(Url.REQUEST, url)])
     if not last:
-        return Exchange(answer, {"identifier": head.identifier, "part_id": message.part_id}, [{}])
-    signed = [{"topic": head.topic, "sha512": head.sha512}]
+        assert rule.more is not None  # the table says so
+        repeats = {"identifier": head.identifier, "part_id": message.part_id}
+        return Exchange(rule.more, repeats, _ONLY_ITSELF)
+    assert rule.answer is not None  # the table says so
+    repeats = {"identifier": head.identifier}
+    if rule.answer is m.ConfirmReceive:
+        return Exchange(rule.answer, repeats, _ONLY_ITSELF)
+    signed: Sequence[Mapping[str, Any]] = ({"topic": head.topic, "sha512": head.sha512},)
     if isinstance(head, Payload) and head.decompressed_sha512 is not None:
-        signed.append({"topic": head.topic, "sha512": head.decompressed_sha512})
-    return Exchange(answer, {"identifier": head.identifier}, signed)
-
-
-def _given(answer: type[Message], subscribers: int) -> dict[str, Any]:
-    if answer is m.ConfirmNotify:
-        return {"subscribers": subscribers}
-    return {"num_subscribers": 1} if answer is m.ConfirmReceive else {}
+        signed = (*signed, {"topic": head.topic, "sha512": head.decompressed_sha512})
+    return Exchange(rule.answer, repeats, signed)

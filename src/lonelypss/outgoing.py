@@ -75,8 +75,7 @@ class Outgoing:
             payload, data = packed[0], packed[1].data
         if data is None or not session.one_frame(payload):
             return None
-        session.open_stream(payload)
-        return b"".join((session.next_part(now).head, data))
+        return session.deliver(payload, data, now)
 
     async def packed(self, compressor: s.Compressor | None) -> tuple[s.Payload, Body]:
         """What is sent with `compressor`; work for it is done once, in a thread."""
