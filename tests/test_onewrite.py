@@ -20,6 +20,7 @@ class Transport:
 
 
 LARGE = b"x" * 100_000
+HALF = b"y" * 33_000
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,9 @@ LARGE = b"x" * 100_000
         ([b"head"], [b"head"]),
         ([b"head", b"body"], [b"headbody"]),
         ([b"head", LARGE], [b"head", LARGE]),
-        ([b"a", b"b", b"c"], [b"ab", b"c"]),
-        ([b"a", b"b", b"c", b"d"], [b"ab", b"cd"]),
+        ([b"a", b"b", b"c", b"d"], [b"abcd"]),
+        ([b"a", LARGE, b"b", b"c"], [b"a", LARGE, b"bc"]),
+        ([HALF, HALF, b"a", b"b"], [HALF + HALF, b"ab"]),
         ([b"head", b""], [b"head"]),
     ],
 )

@@ -2,6 +2,8 @@
 
     lonelyps_client.py publisher|subscriber ours|reference BROADCASTER PORT [SECRETS FILE]
 
+BROADCASTER is http://... or ws://..., which decides over the transport.
+
 Commands of a publisher: `load`, `send_file`; of a subscriber: `subscribe`, `received`, `digest`.
 """
 
@@ -19,21 +21,23 @@ from typing import Any
 import roles
 
 from lonelypsc.config.http_config import make_http_pub_sub_config
+from lonelypsc.config.ws_config import make_websocket_pub_sub_config
 from lonelypsc.http_client import HttpPubSubClient
+from lonelypsc.ws_client import WebsocketPubSubClient
 
 PIECE = 256 * 1024
 
 
-def ours(common: dict[str, Any], secrets: Path | None) -> Any:
+def our_auth(secrets: Path | None) -> Any:
     from lonelypsc.config.auth_config import AuthConfigFromParts
     from lonelypsc.config.file_config import get_auth_config_from_file
     from lonelypsp.signing import Nothing
 
     incoming, outgoing = get_auth_config_from_file(secrets) if secrets else (Nothing(), Nothing())
-    return make_http_pub_sub_config(**common, auth=AuthConfigFromParts(incoming, outgoing))
+    return AuthConfigFromParts(incoming, outgoing)
 
 
-def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any:
+def reference_auth(secrets: Path | None) -> Any:
     from lonelypsc.config.file_config import get_auth_config_from_file
     from lonelypsp.auth.config import AuthConfigFromParts
     from lonelypsp.auth.helpers.none_auth_config import (  # type: ignore[import-not-found]
@@ -46,7 +50,10 @@ def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any
         if secrets
         else (ToSubscriberNoneAuth(), ToBroadcasterNoneAuth())
     )
-    auth = AuthConfigFromParts(to_broadcaster=outgoing, to_subscriber=incoming)
+    return AuthConfigFromParts(to_broadcaster=outgoing, to_subscriber=incoming)
+
+
+def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any:
     return make_http_pub_sub_config(
         **common,
         outgoing_retries_per_broadcaster=2,
@@ -56,8 +63,32 @@ def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any
         outgoing_http_timeout_sock_read=None,
         outgoing_http_timeout_sock_connect=5,
         outgoing_retry_ambiguous=True,
-        auth=auth,
+        auth=reference_auth(secrets),
         tracing=tracing,
+    )
+
+
+def reference_websocket(broadcasters: list[Any], secrets: Path | None) -> Any:
+    return make_websocket_pub_sub_config(
+        broadcasters=broadcasters,
+        outgoing_initial_connect_retries=2,
+        outgoing_min_reconnect_interval=1,
+        max_websocket_message_size=3_670_016,
+        websocket_open_timeout=5,
+        websocket_close_timeout=5,
+        websocket_heartbeat_interval=10,
+        websocket_minimal_headers=True,
+        max_sent_notifications=None,
+        max_unsent_notifications=None,
+        max_expected_acks=None,
+        max_received=None,
+        max_unsent_acks=None,
+        allow_compression=True,
+        compression_dictionary_by_id={},
+        initial_compression_dict_id=None,
+        allow_training_compression=True,
+        decompression_max_window_size=0,
+        auth=reference_auth(secrets),
     )
 
 
@@ -75,8 +106,20 @@ async def entered(
         "host": f"http://127.0.0.1:{port}",
         "broadcasters": [{"host": broadcaster}],
     }
+    if broadcaster.startswith("ws"):
+        broadcasters = [{"host": broadcaster}]
+        if implementation == "ours":
+            config = make_websocket_pub_sub_config(
+                broadcasters=broadcasters, auth=our_auth(secrets)
+            )
+        else:
+            config = reference_websocket(broadcasters, secrets)
+        async with WebsocketPubSubClient(config) as client:
+            yield client
+        return
     if implementation == "ours":
-        async with HttpPubSubClient(ours(common, secrets)) as client:
+        config = make_http_pub_sub_config(**common, auth=our_auth(secrets))
+        async with HttpPubSubClient(config) as client:
             yield client
         return
     from lonelypsp.tracing.impl.simple.config import SimpleTracingConfig
@@ -148,9 +191,11 @@ class Subscriber:
         return {}
 
     async def _iterate(self, topic: bytes, subscribed: asyncio.Event) -> None:
-        async with self._client.subscribe_exact(topic) as subscription:
+        async def receiving() -> None:
+            subscribed.set()  # on websockets the older client enters before it is confirmed
+
+        async with self._client.subscribe_exact(topic, on_receiving=receiving) as subscription:
             messages = await subscription.messages()
-            subscribed.set()
             async for message in messages:
                 message.data.read()
                 self._received.add()

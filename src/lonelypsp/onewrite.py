@@ -1,7 +1,9 @@
-"""Responses leave in one write (docs/topics/protocol.md, "Replies").
+"""What is written in one turn of the event loop leaves in one write (docs/topics/protocol.md,
+"Replies").
 
-ASGI servers write the head of a response and its body separately. That costs a second system call,
-wakes the peer twice, and older peers may see a body that is cut in pieces.
+ASGI servers write the head of a response and its body separately, and each websocket frame. A write
+costs a system call and wakes the peer, which is more than making a frame; and older peers may see a
+body that is cut in pieces.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ _JOINED = 64 * 1024  # bytes; more is not worth copying
 
 
 class OneWrite:
-    """A transport that holds back the first write of a turn of the event loop for the second.
+    """A transport that holds back what is written until the turn of the event loop ends.
 
     Args:
         transport: the real one, an `asyncio.Transport`.
@@ -23,28 +25,31 @@ class OneWrite:
     def __init__(self, transport: Any, call_soon: Callable[[Callable[[], None]], object]) -> None:
         self._transport = transport
         self._call_soon = call_soon
-        self._held: bytes | None = None
+        self._held: list[bytes] = []
+        self._size = 0
+        self._scheduled = False
 
     def write(self, data: bytes) -> None:
-        if self._held is None:
-            self._held = data
-            self._call_soon(self._flush)
-        elif len(data) <= _JOINED:
-            held, self._held = self._held, None
-            self._transport.write(held + data)
-        else:
+        if len(data) > _JOINED:
             self._flush()
             self._transport.write(data)
+            return
+        self._held.append(data)
+        self._size += len(data)
+        if self._size > _JOINED:
+            self._flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            self._call_soon(self._end_of_turn)
+
+    def _end_of_turn(self) -> None:
+        self._scheduled = False
+        self._flush()
 
     def _flush(self) -> None:
-        if self._held is not None:
-            held, self._held = self._held, None
-            self._transport.write(held)
-
-    def unwrap(self) -> Any:
-        """The real transport, for a protocol with longer conversations than one response."""
-        self._flush()
-        return self._transport
+        if self._held:
+            held, self._held, self._size = self._held, [], 0
+            self._transport.write(held[0] if len(held) == 1 else b"".join(held))
 
     def close(self) -> None:
         self._flush()

@@ -125,9 +125,6 @@ class _Protocol(HttpToolsProtocol):
 class _WebSocket(WebSocketsSansIOProtocol):
     """uvicorn's, but what was closed is gone soon, even if the peer takes nothing any more."""
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport.unwrap())
-
     async def run_asgi(self) -> None:
         try:
             await super().run_asgi()
