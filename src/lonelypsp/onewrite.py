@@ -51,6 +51,11 @@ class OneWrite:
             held, self._held, self._size = self._held, [], 0
             self._transport.write(held[0] if len(held) == 1 else b"".join(held))
 
+    def unwrap(self) -> Any:
+        """The real transport, for who gathers his writes himself."""
+        self._flush()
+        return self._transport
+
     def close(self) -> None:
         self._flush()
         self._transport.close()

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -20,6 +20,7 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from lonelypsp.onewrite import OneWrite
@@ -27,6 +28,7 @@ from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.secrets import load_auth, replay_path
+from lonelypss.websocket import BURST, as_closing
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ _BACKLOG = 2048
 _STARTUP_FAILURE = 3
 _RESTART_PAUSE = 1.0
 _LINGER = 10.0
+_BURST_BYTES = 256 * 1024  # received and not yet looked at; above it nothing is read
+_BURST_CAME: Any = {"type": "websocket.receive"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,53 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, but what was closed is gone soon, even if the peer takes nothing any more."""
+    """uvicorn's, with a shortcut for frames, see `lonelypss.websocket.Burst`. What was closed is
+    gone soon, even if the peer takes nothing any more."""
+
+    def connection_made(self, transport: Any) -> None:
+        self._burst: list[bytes] = []
+        self._burst_bytes = 0
+        super().connection_made(transport.unwrap())
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if self.response.status_code == 101:
+            extensions: dict[str, Any] = self.scope["extensions"]
+            extensions[BURST] = self
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type != "bytes":
+            super().send_receive_event_to_app()
+            return
+        frames, self.frames = self.frames, []
+        if self.close_sent:
+            return
+        frame = frames[0] if len(frames) == 1 else b"".join(frames)
+        if not self._burst:
+            self.queue.put_nowait(_BURST_CAME)
+        self._burst.append(frame)
+        self._burst_bytes += len(frame)
+        if self._burst_bytes > _BURST_BYTES and not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    async def receive_burst(self) -> list[bytes]:
+        event: Any = await self.queue.get()
+        if event is not _BURST_CAME:
+            raise as_closing(event)
+        burst, self._burst, self._burst_bytes = self._burst, [], 0
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        return burst
+
+    async def send_burst(self, frames: Iterable[bytes]) -> None:
+        await self.writable.wait()
+        if self.disconnected or self.close_sent:
+            raise ClientDisconnected
+        for frame in frames:
+            self.conn.send_binary(frame)
+        self.transport.write(b"".join(self.conn.data_to_send()))
 
     async def run_asgi(self) -> None:
         try:

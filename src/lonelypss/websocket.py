@@ -17,8 +17,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, Protocol
 
 from lonelypsp import messages as m
 from lonelypsp import session as s
@@ -52,15 +52,57 @@ class Closing(Exception):
         self.code = code
 
 
-def as_closing(e: Exception) -> Closing:
-    """The close code of an error: 4000 and the http status. Anything else is a bug."""
+def as_closing(e: Any) -> Closing:
+    """The close code of an error: 4000 and the http status. Anything else is a bug.
+
+    Also of an ASGI event where a frame was expected.
+    """
     match e:
+        case {"type": "websocket.disconnect"}:
+            code, reason = e.get("code") or 1005, e.get("reason") or ""
+            return Closing(1005, f"by the peer, with {code} {reason}".rstrip())
+        case {"type": _}:
+            return Closing(4400, "a text frame: all messages are binary")
         case Closing():
             return e
         case s.ConnectionBroken():
             return Closing(e.close_code, str(e))
     refused = as_refused(e)
     return Closing(4000 + refused.status, str(refused))
+
+
+BURST = "lonelyps.burst"
+"""Name of the ASGI extension that is a `Burst`."""
+
+
+class Burst(Protocol):
+    """Frames of a websocket, as many at once as there are. `lonelypss serve` has it; elsewhere it
+    is made of ASGI events, one per frame."""
+
+    async def receive_burst(self) -> list[bytes]:
+        """What has arrived, at least one frame. Raises Closing: nothing will."""
+        ...
+
+    async def send_burst(self, frames: Iterable[bytes]) -> None:
+        """Sends them, waiting while the peer takes nothing. Raises OSError: the peer is gone."""
+        ...
+
+
+class _Asgi:
+    """See `Burst`."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+
+    async def receive_burst(self) -> list[bytes]:
+        event = await self._receive()
+        if not event.get("bytes"):
+            raise as_closing(event)
+        return [event["bytes"]]
+
+    async def send_burst(self, frames: Iterable[bytes]) -> None:
+        for frame in frames:
+            await self._send({"type": "websocket.send", "bytes": frame})
 
 
 class Incoming:
@@ -162,7 +204,7 @@ class Websockets:
             log.info("websocket from %s refused: %s", scope.get("client"), refused)
             await _refuse(scope, send, refused)
             return
-        await Connection(self, scope, send).run(receive)
+        await Connection(self, scope, receive, send).run()
 
     def _refusal(self, scope: Scope) -> Refused | None:
         if len(self.connections) >= self.config.max_websockets:
@@ -199,13 +241,15 @@ class Connection:
         training: whether it takes trained dictionaries.
     """
 
-    def __init__(self, hub: Websockets, scope: Scope, send: Send) -> None:
+    def __init__(self, hub: Websockets, scope: Scope, receive: Receive, send: Send) -> None:
         config = hub.config
         self.hub = hub
         self.config = config
         self.training = False
         self.name = ":".join(map(str, scope.get("client") or ("unknown",)))
         self._send = send
+        burst: Burst | None = scope.get("extensions", {}).get(BURST)
+        self._socket = burst or _Asgi(receive, send)
         self.session = s.BroadcasterSession(
             config.auth,
             allow_zstd=hub.dictionaries.allowed,
@@ -222,7 +266,7 @@ class Connection:
             check_hash=False,
             presets=hub.dictionaries.preset_data,
         )
-        self._frames: deque[bytes] = deque()
+        self._frames: list[bytes] = []
         self._ready_bytes = 0
         self._waiting: deque[Waiting] = deque()
         self._waiting_bytes = 0
@@ -238,9 +282,9 @@ class Connection:
 
     # its life
 
-    async def run(self, receive: Receive) -> None:
+    async def run(self) -> None:
         """From the handshake to the end, whoever ends it."""
-        reader = asyncio.create_task(self._guard(self._read(receive)))
+        reader = asyncio.create_task(self._guard(self._read()))
         writer: asyncio.Task[None] | None = None
         try:
             await self._send({"type": "websocket.accept"})
@@ -311,40 +355,49 @@ class Connection:
 
     # reading
 
-    async def _read(self, receive: Receive) -> None:
+    async def _read(self) -> None:
+        socket, session = self._socket, self.session
         try:
             async with asyncio.timeout(self.config.websocket_open_timeout):
-                first = await _frame(receive)
+                first, *burst = await socket.receive_burst()
         except TimeoutError:
             raise Closing(4408, "no CONFIGURE within websocket_open_timeout") from None
-        event = self.session.receive(first, time.time())
+        event = session.receive(first, time.time())
         assert isinstance(event, s.Configured)  # the session says so
         self._configured(event)
-        session, most = self.session, self.config.websocket_max_unprocessed_receives
-        turn = 0
         while True:
-            event = session.receive(await _frame(receive), time.time())
-            kind = type(event)
-            if kind is s.Answered:
-                self._acks += 1
-                self._acknowledged.set()
-                if self._waiting:
-                    self._make_frames()
-            elif isinstance(event, s.BodyArrived):
-                await self._message(event)
-            elif isinstance(event, s.SubscriptionAsked):
-                self._subscription(event)
-            elif isinstance(event, s.PartArrived):
-                assert isinstance(event.sink, Incoming)
-                await event.sink.store()
-                self._answer(event)
-            # who takes no answers is not read: the socket fills up, and the peer notices
-            while session.owed >= most or self._ready_bytes >= 2 * _READY_BYTES:
-                self._relieved.clear()
-                await self._relieved.wait()
-            turn += 1
-            if turn % _BURST == 0:
-                await asyncio.sleep(0)
+            came = time.monotonic()
+            for number, frame in enumerate(burst, 1):
+                await self._handle(session.receive(frame, time.time()), came)
+                if number % _BURST == 0:
+                    await asyncio.sleep(0)
+            burst = await socket.receive_burst()
+
+    async def _handle(self, event: s.Event, came: float) -> None:
+        """
+        Args:
+            came: `time.monotonic()` when its frame had arrived.
+        """
+        kind = type(event)
+        if kind is s.Answered:
+            self._acks += 1
+            self._acknowledged.set()
+            if self._waiting:
+                self._make_frames()
+            return
+        if isinstance(event, s.BodyArrived):
+            await self._message(event, came)
+        elif isinstance(event, s.SubscriptionAsked):
+            self._subscription(event)
+        elif isinstance(event, s.PartArrived):
+            assert isinstance(event.sink, Incoming)
+            await event.sink.store()
+            self._answer(event)
+        # who takes no answers is not read: the socket fills up, and the peer notices
+        most = self.config.websocket_max_unprocessed_receives
+        while self.session.owed >= most or self._ready_bytes >= 2 * _READY_BYTES:
+            self._relieved.clear()
+            await self._relieved.wait()
 
     def _configured(self, event: s.Configured) -> None:
         self._push(self.session.confirm_configure(time.time()))
@@ -360,12 +413,12 @@ class Connection:
             for trained in dictionaries.trained:
                 self.offer(Offer(config, trained))
 
-    async def _message(self, event: s.BodyArrived) -> None:
+    async def _message(self, event: s.BodyArrived, came: float) -> None:
         """A message of this websocket: to our own websockets at once, then to everybody else."""
         fanout, topic = self.hub.fanout, event.head.topic
         body = await self._body(event)
         try:
-            urls = await fanout.match(topic)
+            urls = await fanout.match(topic, came)
             count = self.hub.deliver(topic, body)
             if urls:
                 await self.hub.rounds.acquire()
@@ -546,11 +599,10 @@ class Connection:
                 self._make_frames()
 
     async def _write_frames(self) -> None:
-        frames, send = self._frames, self._send
-        while frames:
-            frame = frames.popleft()
-            await send({"type": "websocket.send", "bytes": frame})
-            self._ready_bytes -= len(frame)
+        while self._frames:
+            frames, self._frames = self._frames, []
+            await self._socket.send_burst(frames)
+            self._ready_bytes -= sum(map(len, frames))
         self._relieved.set()
 
     async def _stream(self, outgoing: Outgoing) -> None:
@@ -573,7 +625,7 @@ class Connection:
             part = session.next_part(time.time())
             data = await _read_part(body, part)
             await self._write_frames()
-            await self._send({"type": "websocket.send", "bytes": b"".join((part.head, data))})
+            await self._socket.send_burst([b"".join((part.head, data))])
         self._streaming = False
         self._done(self._waiting.popleft())
 
@@ -584,17 +636,6 @@ class Connection:
 
 _EXACT = (m.SubscribeExact, m.UnsubscribeExact)
 _GLOB = (m.SubscribeGlob, m.UnsubscribeGlob)
-
-
-async def _frame(receive: Receive) -> bytes:
-    event = await receive()
-    if event["type"] == "websocket.disconnect":
-        code = event.get("code") or 1005
-        raise Closing(1005, f"by the peer, with {code} {event.get('reason') or ''}".rstrip())
-    frame: bytes | None = event.get("bytes")
-    if frame is None:
-        raise Closing(4400, "a text frame: all messages are binary")
-    return frame
 
 
 async def _read_part(body: Body, part: s.PartFrame) -> bytes | memoryview:

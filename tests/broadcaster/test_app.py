@@ -158,7 +158,7 @@ async def test_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> N
     assert asyncio.all_tasks() == before
 
 
-@pytest.mark.parametrize("path", ["/v1/notify", "/v1/websocket", "/"])
+@pytest.mark.parametrize("path", ["/v1/notify", "/"])
 async def test_websockets_are_refused(path: str) -> None:
     sent: list[Any] = []
 

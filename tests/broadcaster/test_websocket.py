@@ -491,7 +491,7 @@ async def test_authorization_that_cannot_be_checked() -> None:
 async def test_no_database(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as server, websocket_peer(server.url) as peer:
 
-        async def fails(topic: bytes) -> Any:
+        async def fails(*_: Any) -> Any:
             raise StoreUnavailable("locked")
 
         monkeypatch.setattr(server.broadcaster.store, "match", fails)
