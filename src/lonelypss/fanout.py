@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
 import time
 from collections.abc import Iterable
 from os import urandom
@@ -95,15 +96,16 @@ class Fanout:
             count += await self.post(topic, body, urls)
         return min(count, MAX_COUNT)
 
-    async def match(self, topic: bytes) -> dict[str, list[Subscription]]:
-        """The matching subscriptions of each url that is not our own; raises StoreUnavailable."""
-        matches = await self.store.match(topic)
+    async def match(self, topic: bytes, since: float = math.inf) -> dict[str, list[Subscription]]:
+        """The matching subscriptions of each url that is not our own; see `Store.match`."""
+        matches = await self.store.match(topic, since)
         if not matches:
             return {}
         urls: dict[str, list[Subscription]] = {}
         for subscription in matches:
             urls.setdefault(subscription.url, []).append(subscription)
-        urls.pop(self.local.receive_url or "", None)
+        if (own := self.local.receive_url) is not None:
+            urls.pop(own, None)
         return urls
 
     async def post(self, topic: bytes, body: Body, urls: dict[str, list[Subscription]]) -> int:

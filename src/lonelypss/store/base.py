@@ -8,6 +8,7 @@ lost at the very moment of a commit, nobody can know.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,13 @@ class Store(Protocol):
     async def close(self) -> None:
         """Finish what is queued and disconnect. Closing twice is fine."""
 
-    async def match(self, topic: bytes) -> list[Subscription]:
-        """The subscriptions to `topic`, exact and glob, in no particular order."""
+    async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+        """The subscriptions to `topic`, exact and glob, in no particular order.
+
+        Args:
+            since: `time.monotonic()` when the message had arrived. What the database said then or
+                later is good enough, so that messages that arrive together share one question.
+        """
 
     async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
         """Add a subscription.

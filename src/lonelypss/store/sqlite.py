@@ -12,6 +12,7 @@ Any number of processes on one machine can share a file. Each has three connecti
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sqlite3
 import time
@@ -42,6 +43,7 @@ _MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in 
 _MATCH = _SQL["match"]
 
 _QUEUE_LIMIT = 10_000
+_ROWS_KEPT = 200_000
 _OPEN_TIMEOUT = 10.0  # others may be migrating
 _LOCK_PAUSE = 0.01
 _FORGET_PEER = 86_400.0
@@ -68,6 +70,13 @@ class SqliteStore:
 
     async def open(self) -> None:
         self._globs = _Globs()
+        # What was found for a topic, as long as the database confirms that nothing has changed:
+        # its own version counts what others change, ours what is changed over the same connection.
+        self._found: dict[bytes, Sequence[Subscription]] = {}
+        self._found_rows = 0
+        self._found_in = (-1, 0)
+        self._confirmed_at = -math.inf
+        self._changes = 0
         self._reader: _Inline | _Worker
         self._writer: _Inline | _Worker
         if self.path is None:
@@ -102,7 +111,29 @@ class SqliteStore:
 
     # Subscriptions
 
-    async def match(self, topic: bytes) -> list[Subscription]:
+    async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+        if since > self._confirmed_at:
+            self._confirm()
+        found = self._found.get(topic)
+        if found is None:
+            found = await self._match(topic)
+        return found
+
+    def _confirm(self) -> None:
+        """Forgets what was found if anybody has changed the database since."""
+        now = time.monotonic()
+        try:
+            (version,) = self._matcher.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error:
+            version = -1  # something is in the way, and the next question goes another way, too
+        if version < 0 or (version, self._changes) != self._found_in:
+            self._found.clear()
+            self._found_rows = 0
+            self._found_in = version, self._changes
+        self._confirmed_at = now
+
+    async def _match(self, topic: bytes) -> Sequence[Subscription]:
+        found_in = self._found_in
         try:
             rows = self._matcher.execute(_MATCH, (topic,)).fetchall()
         except sqlite3.Error:
@@ -115,7 +146,14 @@ class SqliteStore:
             for _, id, url, recovery in rows
             if id is not None
         ]
-        return found + self._globs.match(topic)
+        found += self._globs.match(topic)
+        if found_in == self._found_in and version == self._globs.version:
+            self._found_rows += 1 + len(found)
+            if self._found_rows > _ROWS_KEPT:
+                self._found.clear()
+                self._found_rows = 1 + len(found)
+            self._found[topic] = found
+        return found
 
     async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
         if kind == Kind.GLOB:
@@ -128,8 +166,11 @@ class SqliteStore:
         return await self._write(lambda db: db.execute(_SQL["unsubscribe"], row).rowcount > 0)
 
     async def subscriptions(self, url: str) -> list[Subscription]:
-        rows = await self._read(lambda db: db.execute(_SQL["subscriptions"], (url,)).fetchall())
-        return [Subscription(id, Kind(kind), *rest) for id, kind, *rest in rows]
+        def work(db: sqlite3.Connection) -> list[Subscription]:
+            rows = db.execute(_SQL["subscriptions"], (url,))
+            return [Subscription(id, Kind(kind), *rest) for id, kind, *rest in rows]
+
+        return await self._read(work)
 
     async def set_subscriptions(
         self,
@@ -264,7 +305,10 @@ class SqliteStore:
 
     async def _write(self, work: _Work[T]) -> T:
         try:
-            return await self._writer.call(work)
+            result = await self._writer.call(work)
+            self._changes += 1
+            self._confirmed_at = -math.inf
+            return result
         except sqlite3.Error as error:
             raise self._explain(error) from error
 
