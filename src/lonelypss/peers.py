@@ -160,34 +160,50 @@ class Registry(Generic[V]):
         """Compares all rows with what is wanted, and sets them right.
 
         Returns:
-            Whether some were missing, and so messages may be.
+            Whether some were gone, and so messages may have been missed.
         """
         url = self.url
         if url is None:
             return False
         async with self._one_writer:
-            found = {_key(row): row.recovery for row in await self._store.subscriptions(url)}
-            wanted = self._interests.wanted
-            keys = set(_keys(wanted))
-            # what is marked is about to be written, and no mistake
-            missing = keys - found.keys() - self._marked.keys()
-            surplus = found.keys() - keys - self._marked.keys()
-            changed = [k for k in found.keys() & keys if found[k] != self.recovery]
-            if missing or surplus or changed:
-                log.warning(
-                    "the subscriptions of %s were not as they should be: %d missing, %d too many,"
-                    " %d with another recovery url; set right",
-                    *(url, len(missing), len(surplus), len(changed)),
-                )
-                await self._store.set_subscriptions(
-                    url,
-                    [(topic, self.recovery) for topic in wanted.exact],
-                    [(glob, self.recovery) for glob in wanted.globs],
-                )
-                self._rows = dict.fromkeys(keys, True)
-            else:
-                self._rows = dict.fromkeys(found, True)
-            return bool(missing)
+            # in a thread, for there may be many
+            found: Mapping[_Key, str | None] = await asyncio.to_thread(
+                _by_key, await self._store.subscriptions(url)
+            )
+            wanted = dict.fromkeys(_keys(self._interests.wanted), self.recovery)
+            gone = False
+            if found != wanted:
+                # of what is merely missing, nobody was told that it is there
+                gone = any(self._rows.get(key) for key in wanted.keys() - found.keys())
+                if wrong := self._wrong(found, wanted):
+                    log.warning("the subscriptions of %s: %s; setting them right", url, wrong)
+                    await self._set(url, wanted)
+                    found = wanted
+            self._rows = dict.fromkeys(found, True)
+            return gone
+
+    def _wrong(
+        self, found: Mapping[_Key, str | None], wanted: Mapping[_Key, str | None]
+    ) -> str | None:
+        """What is wrong with the rows that were found. What is marked comes right anyway."""
+        missing = wanted.keys() - found.keys() - self._marked.keys()
+        surplus = found.keys() - wanted.keys() - self._marked.keys()
+        changed = [key for key in found.keys() & wanted.keys() if found[key] != wanted[key]]
+        if not (missing or surplus or changed):
+            return None
+        return (
+            f"{len(missing)} are missing, {len(surplus)} too many, {len(changed)} with another"
+            " recovery url"
+        )
+
+    async def _set(self, url: str, wanted: Mapping[_Key, str | None]) -> None:
+        # whoever wants another one from now on must not think that it is there
+        self._rows.update(dict.fromkeys(self._rows.keys() - wanted.keys(), False))
+        await self._store.set_subscriptions(
+            url,
+            [(key, recovery) for key, recovery in wanted.items() if isinstance(key, bytes)],
+            [(key, recovery) for key, recovery in wanted.items() if isinstance(key, str)],
+        )
 
     def _mark(self, key: _Key) -> asyncio.Future[Exception | None]:
         """Has the row of `key` written; the result is why that failed, or None."""
@@ -261,8 +277,12 @@ def _row(key: _Key) -> tuple[Kind, bytes]:
     return (Kind.EXACT, key) if isinstance(key, bytes) else (Kind.GLOB, key.encode())
 
 
-def _key(row: Subscription) -> _Key:
-    return row.pattern if row.kind is Kind.EXACT else row.pattern.decode()
+def _by_key(rows: Iterable[Subscription]) -> dict[_Key, str | None]:
+    """The recovery urls of rows."""
+    return {
+        row.pattern if row.kind is Kind.EXACT else row.pattern.decode(): row.recovery
+        for row in rows
+    }
 
 
 async def _all(futures: list[asyncio.Future[Exception | None]]) -> None:
