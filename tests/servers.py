@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from lonelypsp.replay import ReplayGuard
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, Broadcaster
 from lonelypss.config import BroadcasterConfig
+from lonelypss.server import bind
 
 
 def read_auth(secrets: Path | None) -> AuthConfig:
@@ -35,7 +35,7 @@ class Running:
 @asynccontextmanager
 async def serve(app: Any) -> AsyncIterator[str]:
     """`app` under uvicorn on a free port of the loopback; yields its url."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    (listener,) = bind("127.0.0.1", 0)  # unlike create_server, sends what is small at once
     server = uvicorn.Server(
         uvicorn.Config(
             app,

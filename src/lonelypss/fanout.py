@@ -12,7 +12,7 @@ import base64
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import urandom
 from typing import Protocol
 
@@ -98,9 +98,14 @@ class Fanout:
 
     async def match(self, topic: bytes, since: float = math.inf) -> dict[str, list[Subscription]]:
         """The matching subscriptions of each url that is not our own; see `Store.match`."""
-        matches = await self.store.match(topic, since)
-        if not matches:
-            return {}
+        return self._by_url(await self.store.match(topic, since))
+
+    def urls_known(self, topic: bytes, since: float) -> dict[str, list[Subscription]] | None:
+        """As `match`, if that is known without waiting; else None."""
+        found = self.store.found(topic, since)
+        return None if found is None else self._by_url(found)
+
+    def _by_url(self, matches: Sequence[Subscription]) -> dict[str, list[Subscription]]:
         urls: dict[str, list[Subscription]] = {}
         for subscription in matches:
             urls.setdefault(subscription.url, []).append(subscription)

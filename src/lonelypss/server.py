@@ -133,6 +133,9 @@ class _WebSocket(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         self._burst: list[bytes] = []
         self._burst_bytes = 0
+        self._reading = False  # somebody is in receive_burst, and needs to be woken
+        self._after: Any = None  # the event behind the burst
+        self.on_burst: Callable[[list[bytes]], list[bytes] | None] = _leave_all
         super().connection_made(transport.unwrap())
 
     def handle_connect(self, event: Any) -> None:
@@ -140,6 +143,20 @@ class _WebSocket(WebSocketsSansIOProtocol):
         if self.response.status_code == 101:
             extensions: dict[str, Any] = self.scope["extensions"]
             extensions[BURST] = self
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._burst and self._reading:
+            left = self.on_burst(self._burst)
+            if left is None:
+                self._burst, self._burst_bytes = [], 0
+            else:
+                self._burst, self._burst_bytes = left, sum(map(len, left))
+                self._reading = False
+                self.queue.put_nowait(_BURST_CAME)
+        if self._burst_bytes > _BURST_BYTES and not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type != "bytes":
@@ -149,28 +166,37 @@ class _WebSocket(WebSocketsSansIOProtocol):
         if self.close_sent:
             return
         frame = frames[0] if len(frames) == 1 else b"".join(frames)
-        if not self._burst:
-            self.queue.put_nowait(_BURST_CAME)
         self._burst.append(frame)
         self._burst_bytes += len(frame)
-        if self._burst_bytes > _BURST_BYTES and not self.read_paused:
-            self.read_paused = True
-            self.transport.pause_reading()
 
     async def receive_burst(self) -> list[bytes]:
-        event: Any = await self.queue.get()
-        if event is not _BURST_CAME:
-            raise as_closing(event)
+        if not self._burst:
+            self._reading = True
+            event = self._after or await self.queue.get()
+            self._reading = False
+            if event is not _BURST_CAME:
+                if not self._burst:
+                    raise as_closing(event)
+                self._after = event
         burst, self._burst, self._burst_bytes = self._burst, [], 0
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
         return burst
 
+    def send_now(self, frames: Iterable[bytes]) -> bool:
+        if not self.writable.is_set() or self.disconnected or self.close_sent:
+            return False
+        self._send_frames(frames)
+        return True
+
     async def send_burst(self, frames: Iterable[bytes]) -> None:
         await self.writable.wait()
         if self.disconnected or self.close_sent:
             raise ClientDisconnected
+        self._send_frames(frames)
+
+    def _send_frames(self, frames: Iterable[bytes]) -> None:
         for frame in frames:
             self.conn.send_binary(frame)
         self.transport.write(b"".join(self.conn.data_to_send()))
@@ -180,6 +206,10 @@ class _WebSocket(WebSocketsSansIOProtocol):
             await super().run_asgi()
         finally:
             self.loop.call_later(_LINGER, self.transport.abort)
+
+
+def _leave_all(burst: list[bytes]) -> list[bytes]:
+    return burst
 
 
 class _Server(uvicorn.Server):

@@ -2,13 +2,15 @@
 
 `Websockets` holds the connections of this process; a `Connection` is one of them:
 
-reader:  frame -> session.receive -> act (subscribe, pass a message on) -> session.answer -> frames
+arrived: frame -> session.receive -> act (subscribe, pass a message on) -> session.answer -> frames
 queue:   message -> session.deliver -> frames, or, where the window is full, waiting
-writer:  frames -> the socket; parts of large bodies
+flush:   frames -> the socket
 
-There is one reader and one writer per connection. Frames leave in the order in which they were
-made, since most use up a number that both ends count. What waits is bounded: whoever takes too
-little is disconnected, and learns from that that something was missed.
+All that happens in one go when the frame comes. One reader and one writer task per connection take
+over where something has to be waited for: the database, the disk, a peer that takes nothing. Frames
+leave in the order in which they were made, since most use up a number that both ends count. What
+waits is bounded: whoever takes too little is disconnected, and learns from that that something was
+missed.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol, TypeAlias
 
 from lonelypsp import messages as m
 from lonelypsp import session as s
@@ -36,6 +38,8 @@ from lonelypss.routes import Receive, Refused, Scope, Send, as_refused, respond
 from lonelypss.store.base import Subscription
 
 log = logging.getLogger(__name__)
+
+Work: TypeAlias = Coroutine[Any, Any, None]
 
 _READY_BYTES = 256 * 1024  # of frames made ahead of the socket
 _BURST = 32  # frames of one websocket before the others get their turn
@@ -77,10 +81,21 @@ BURST = "lonelyps.burst"
 
 class Burst(Protocol):
     """Frames of a websocket, as many at once as there are. `lonelypss serve` has it; elsewhere it
-    is made of ASGI events, one per frame."""
+    is made of ASGI events, one per frame.
+
+    Attributes:
+        on_burst: may be called with what has arrived while somebody is in `receive_burst`; it
+            returns what that shall return now, None: nothing, all is done.
+    """
+
+    on_burst: Callable[[list[bytes]], list[bytes] | None]
 
     async def receive_burst(self) -> list[bytes]:
-        """What has arrived, at least one frame. Raises Closing: nothing will."""
+        """What has arrived. Raises Closing: nothing will."""
+        ...
+
+    def send_now(self, frames: Iterable[bytes]) -> bool:
+        """Sends them if that needs no waiting; whether it did."""
         ...
 
     async def send_burst(self, frames: Iterable[bytes]) -> None:
@@ -91,8 +106,13 @@ class Burst(Protocol):
 class _Asgi:
     """See `Burst`."""
 
+    on_burst: Callable[[list[bytes]], list[bytes] | None]
+
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
+
+    def send_now(self, frames: Iterable[bytes]) -> bool:
+        return False
 
     async def receive_burst(self) -> list[bytes]:
         event = await self._receive()
@@ -141,6 +161,9 @@ class Websockets:
         self.connections: set[Connection] = set()
         self.rounds = asyncio.Semaphore(config.max_notifies)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unsent: list[Connection] = []
+        self._undelivered: list[tuple[list[Connection], bytes, Body]] = []
+        self._flushing = False
         self._origins = {o.strip() for o in config.websocket_origins.split(",") if o.strip()}
 
     @property
@@ -151,15 +174,54 @@ class Websockets:
     def deliver(self, topic: bytes, body: Body) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         connections = self.registry.match(topic)
-        if not connections:
-            return 0
+        if connections:
+            self._queue(connections, topic, body)
+        return len(connections)
+
+    def deliver_later(self, topic: bytes, body: Body) -> int:
+        """As `deliver`, but only `flush` queues it; before that, its publisher may be answered."""
+        connections = self.registry.match(topic)
+        if connections:
+            self._undelivered.append((connections, topic, body.share()))
+            self._flush_soon()
+        return len(connections)
+
+    def _queue(self, connections: list[Connection], topic: bytes, body: Body) -> None:
         if body.data is not None:
             self.dictionaries.collect(body.data)
         outgoing = Outgoing(topic, body, self.intake)
         for connection in connections:
-            connection.queue(outgoing.share())
+            try:
+                connection.queue(outgoing.share())
+            except Exception as e:  # noqa: BLE001 logged as what it is
+                connection.failed(e)
         outgoing.release()
-        return len(connections)
+
+    def has_frames(self, connection: Connection) -> None:
+        """Sends what `connection` has made so far, and will have made, in this turn of the loop."""
+        self._unsent.append(connection)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Sends everything that was made; see `has_frames` and `deliver_later`."""
+        self._flushing = True
+        while self._unsent or self._undelivered:
+            unsent, self._unsent = self._unsent, []
+            for connection in unsent:
+                try:
+                    connection.flush()
+                except Exception as e:  # noqa: BLE001 logged as what it is
+                    connection.failed(e)
+            undelivered, self._undelivered = self._undelivered, []
+            for connections, topic, body in undelivered:
+                self._queue(connections, topic, body)
+                body.close()
+        self._flushing = False
 
     def missed(self, topic: bytes) -> None:
         """Tells those who want `topic` that they may have missed something."""
@@ -172,7 +234,7 @@ class Websockets:
             if topic := connection.some_topic():
                 connection.queue_notice(topic)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Work) -> asyncio.Task[None]:
         """Work that outlives its connection."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -249,7 +311,7 @@ class Connection:
         self.name = ":".join(map(str, scope.get("client") or ("unknown",)))
         self._send = send
         burst: Burst | None = scope.get("extensions", {}).get(BURST)
-        self._socket = burst or _Asgi(receive, send)
+        self._socket: Burst = burst or _Asgi(receive, send)
         self.session = s.BroadcasterSession(
             config.auth,
             allow_zstd=hub.dictionaries.allowed,
@@ -268,6 +330,8 @@ class Connection:
         )
         self._frames: list[bytes] = []
         self._ready_bytes = 0
+        self._writing = False
+        self._work: Work | None = None  # that `arrived` left to the reader
         self._waiting: deque[Waiting] = deque()
         self._waiting_bytes = 0
         self._streaming = False
@@ -301,15 +365,16 @@ class Connection:
         if not self._ended.done():
             self._ended.set_result(closing)
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Work) -> None:
         try:
             await work
         except OSError as e:  # the peer is gone
             self.fail(Closing(1006, f"connection lost: {e}"))
         except Exception as e:  # noqa: BLE001 logged as what it is
-            self._failed(e)
+            self.failed(e)
 
-    def _failed(self, e: Exception) -> None:
+    def failed(self, e: Exception) -> None:
+        """Ends the connection for `e`."""
         try:
             self.fail(as_closing(e))
         except Exception:
@@ -317,6 +382,9 @@ class Connection:
             self.fail(Closing(1011, "an error of the broadcaster"))
 
     async def _clean_up(self) -> None:
+        self._socket.on_burst = _unread
+        if self._work is not None:
+            self._work.close()
         self.hub.connections.discard(self)
         if self.training:
             self.hub.dictionaries.listeners -= 1
@@ -365,16 +433,38 @@ class Connection:
         event = session.receive(first, time.time())
         assert isinstance(event, s.Configured)  # the session says so
         self._configured(event)
+        self._socket.on_burst = self.arrived
         while True:
+            if self._work is not None:
+                work, self._work = self._work, None
+                await work
             came = time.monotonic()
             for number, frame in enumerate(burst, 1):
-                await self._handle(session.receive(frame, time.time()), came)
+                if (work_ := self._handle(session.receive(frame, time.time()), came)) is not None:
+                    await work_
                 if number % _BURST == 0:
                     await asyncio.sleep(0)
             burst = await socket.receive_burst()
 
-    async def _handle(self, event: s.Event, came: float) -> None:
-        """
+    def arrived(self, burst: list[bytes]) -> list[bytes] | None:
+        """See `Burst.on_burst`. Deals with frames until one has to wait for something."""
+        session, came, now = self.session, time.monotonic(), time.time()
+        number = 0
+        try:
+            for number, frame in enumerate(burst[:_BURST], 1):  # noqa: B007 is used below
+                self._work = self._handle(session.receive(frame, now), came)
+                if self._work is not None:
+                    break
+        except Exception as e:  # noqa: BLE001 logged as what it is
+            self.failed(e)
+            return None
+        self.hub.flush()
+        left = burst[number:]
+        return left if left or self._work is not None else None
+
+    def _handle(self, event: s.Event, came: float) -> Work | None:
+        """Acts on an event; what is returned has to be waited for before the next.
+
         Args:
             came: `time.monotonic()` when its frame had arrived.
         """
@@ -384,20 +474,32 @@ class Connection:
             self._acknowledged.set()
             if self._waiting:
                 self._make_frames()
-            return
+            return None
         if isinstance(event, s.BodyArrived):
-            await self._message(event, came)
+            if not self._small_message(event, came):
+                return self._message(event, came)
         elif isinstance(event, s.SubscriptionAsked):
             self._subscription(event)
         elif isinstance(event, s.PartArrived):
-            assert isinstance(event.sink, Incoming)
-            await event.sink.store()
-            self._answer(event)
-        # who takes no answers is not read: the socket fills up, and the peer notices
+            return self._part(event)
+        return self._relief() if self._overfed else None
+
+    @property
+    def _overfed(self) -> bool:
+        """Who takes no answers is not read: the socket fills up, and the peer notices."""
         most = self.config.websocket_max_unprocessed_receives
-        while self.session.owed >= most or self._ready_bytes >= 2 * _READY_BYTES:
+        return self.session.owed >= most or self._ready_bytes >= 2 * _READY_BYTES
+
+    async def _relief(self) -> None:
+        while self._overfed:
             self._relieved.clear()
             await self._relieved.wait()
+
+    async def _part(self, event: s.PartArrived) -> None:
+        assert isinstance(event.sink, Incoming)
+        await event.sink.store()
+        self._answer(event)
+        await self._relief()
 
     def _configured(self, event: s.Configured) -> None:
         self._push(self.session.confirm_configure(time.time()))
@@ -413,8 +515,20 @@ class Connection:
             for trained in dictionaries.trained:
                 self.offer(Offer(config, trained))
 
+    def _small_message(self, event: s.BodyArrived, came: float) -> bool:
+        """A message as most are: for our own websockets only. False: it is not one of those."""
+        topic = event.head.topic
+        if event.body is None or event.compressor is not None:
+            return False
+        if self.hub.fanout.urls_known(topic, came) != {}:
+            return False
+        body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
+        self._answer(event, self.hub.deliver_later(topic, body))
+        body.close()
+        return True
+
     async def _message(self, event: s.BodyArrived, came: float) -> None:
-        """A message of this websocket: to our own websockets at once, then to everybody else."""
+        """Any message: to our own websockets at once, then to everybody else."""
         fanout, topic = self.hub.fanout, event.head.topic
         body = await self._body(event)
         try:
@@ -427,6 +541,7 @@ class Connection:
                 self._answer(event, count, body.sha512)
         finally:
             body.close()
+        await self._relief()
 
     async def _post(
         self, event: s.BodyArrived, body: Body, urls: dict[str, list[Subscription]], count: int
@@ -435,7 +550,7 @@ class Connection:
             count += await self.hub.fanout.post(event.head.topic, body, urls)
             self._answer(event, count, body.sha512)
         except Exception as e:  # noqa: BLE001 logged as what it is
-            self._failed(e)
+            self.failed(e)
         finally:
             self.hub.rounds.release()
             body.close()
@@ -565,9 +680,21 @@ class Connection:
         self._wake.set()
 
     def _push(self, frame: bytes) -> None:
+        if not self._frames:
+            self.hub.has_frames(self)
         self._frames.append(frame)
         self._ready_bytes += len(frame)
-        self._wake.set()
+
+    def flush(self) -> None:
+        """Sends what was made, or, where that takes time, has the writer do it."""
+        if self._writing or not self._socket.send_now(self._frames):
+            self._wake.set()
+            return
+        self._frames = []
+        self._ready_bytes = 0
+        self._relieved.set()
+        if self._waiting:
+            self._make_frames()
 
     def _make_frames(self) -> None:
         """As many of those that wait as the window and the socket have room for."""
@@ -599,10 +726,12 @@ class Connection:
                 self._make_frames()
 
     async def _write_frames(self) -> None:
+        self._writing = True  # nobody may overtake
         while self._frames:
             frames, self._frames = self._frames, []
             await self._socket.send_burst(frames)
             self._ready_bytes -= sum(map(len, frames))
+        self._writing = False
         self._relieved.set()
 
     async def _stream(self, outgoing: Outgoing) -> None:
@@ -642,6 +771,10 @@ async def _read_part(body: Body, part: s.PartFrame) -> bytes | memoryview:
     if body.data is not None:
         return memoryview(body.data)[part.offset : part.offset + part.length]
     return await asyncio.to_thread(body.read_at, part.offset, part.length)
+
+
+def _unread(burst: list[bytes]) -> None:
+    """See `Burst.on_burst`: the connection has ended."""
 
 
 async def _cancelled(*tasks: asyncio.Task[None] | None) -> None:

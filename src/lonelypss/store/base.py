@@ -100,6 +100,9 @@ class Store(Protocol):
                 later is good enough, so that messages that arrive together share one question.
         """
 
+    def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:
+        """What `match` would return, if that is known without waiting; else None."""
+
     async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
         """Add a subscription.
 

@@ -112,12 +112,13 @@ class SqliteStore:
     # Subscriptions
 
     async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+        found = self.found(topic, since)
+        return await self._match(topic) if found is None else found
+
+    def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:
         if since > self._confirmed_at:
             self._confirm()
-        found = self._found.get(topic)
-        if found is None:
-            found = await self._match(topic)
-        return found
+        return self._found.get(topic)
 
     def _confirm(self) -> None:
         """Forgets what was found if anybody has changed the database since."""
