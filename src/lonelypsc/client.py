@@ -116,6 +116,15 @@ class Hub(Protocol):
         """Whether a message on `topic` has a receiver here."""
         ...
 
+    @property
+    def waits_for_receivers(self) -> bool:
+        """Whether `deliver` has to wait for the program; if not, `offer` does the same."""
+        ...
+
+    def offer(self, topic: bytes, body: Body) -> bool:
+        """As `deliver`, but for buffers only."""
+        ...
+
     async def deliver(self, topic: bytes, body: Body) -> bool:
         """Hands a checked message to all who want it and takes over `body`.
 
@@ -364,16 +373,27 @@ class PubSubClient:
             await self._release(owner, owner.topics)
 
     # what the transport tells us
+    def _offer(self, topic: bytes, body: Body) -> bool:
+        shared = SharedBody(topic, body)
+        try:
+            return self._offer_shared(shared)
+        finally:
+            shared.release()
+
+    def _offer_shared(self, shared: SharedBody) -> bool:
+        taken = True
+        for owner in self._interests.match(shared.topic):
+            if owner.buffer is not None and not owner.buffer.offer(shared):
+                logger.warning(
+                    "a subscription's buffer is full: refused a message on %r", shared.topic
+                )
+                taken = False
+        return taken
+
     async def _deliver(self, topic: bytes, body: Body) -> bool:
         shared = SharedBody(topic, body)
-        taken = True
         try:
-            for owner in self._interests.match(topic):
-                if owner.buffer is not None and not owner.buffer.offer(shared):
-                    logger.warning(
-                        "a subscription's buffer is full: refused a message on %r", topic
-                    )
-                    taken = False
+            taken = self._offer_shared(shared)
             for receiver in list(self._receivers.values()):
                 await _call_receiver(receiver, shared)
         finally:
@@ -520,6 +540,8 @@ class _ClientHub:
         self._interests = client._interests
         self.wants = client._interests.wants
         self.deliver = client._deliver
+        self.offer = client._offer
+        self._receivers = client._receivers
         self.is_wanted = client._interests.is_wanted
         self.gap = client._gap
         self.lost = client._lost
@@ -529,6 +551,10 @@ class _ClientHub:
     @property
     def wanted(self) -> Topics:
         return self._interests.wanted
+
+    @property
+    def waits_for_receivers(self) -> bool:
+        return bool(self._receivers)
 
 
 async def _call_receiver(receiver: OnMessageReceiver, shared: SharedBody) -> None:

@@ -1,14 +1,14 @@
 """A client on one websocket, with the same API as over HTTP (docs/topics/protocol.md).
 
 notify -> waiting -> pump: frame -> the socket ... answer -> the result of notify
-the socket -> reader: frame -> session.receive -> the buffers of those who want it -> acknowledged
+the socket -> frame -> session.receive -> the buffers of those who want it -> acknowledged
 
 A `Link` is one connection; `WebsocketTransport` makes one after the other and keeps what has to
 outlive them: what is wanted, and the messages that are not confirmed.
 
 What is sent has an order: acknowledgements, then subscriptions, then messages, first come first
-served, those first that a lost connection left unconfirmed. One task per connection reads; nothing
-needs a task per message.
+served, those first that a lost connection left unconfirmed. Frames are dealt with where they
+arrive; one task per connection takes over where something has to be waited for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import closing
 from ssl import SSLContext, create_default_context
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lonelypsc.client import Hub, PubSubClient
 from lonelypsc.config.config import BroadcastersShuffler, PubSubBroadcasterConfig
@@ -66,6 +66,7 @@ _RECEIVED = 1000
 _LONGEST_PAUSE = 60.0
 _RECONNECT_SPREAD = 0.2  # seconds; not everybody comes back at the same moment
 
+Work: TypeAlias = Coroutine[Any, Any, None]
 Key: TypeAlias = bytes | str
 """An exact topic, or a glob."""
 
@@ -342,11 +343,13 @@ class Link:
         self._streaming: asyncio.Task[None] | None = None
         self._making_part = False
         self._progress = asyncio.Event()
+        self._work: Work | None = None  # for the reader; nothing else is received before it is done
 
     async def configure(self) -> None:
         """Returns when the broadcaster has confirmed; raises PubSubError."""
         self.socket.send(self.session.configure(time.time()))
-        self._receive(await self.socket.frame())
+        await self.socket.arrived()
+        self._receive(self.socket.take() or b"")
 
     async def run(self, confirming: Iterable[Key]) -> None:
         """Until the connection is lost, which is raised as PubSubError.
@@ -367,6 +370,9 @@ class Link:
             self._streaming.cancel()
         self.session.close()
         self.socket.abort("given up")
+        self.socket.on_frames = _ignore
+        if self._work is not None:
+            self._work.close()
         unfinished = self.session.unfinished
         if isinstance(unfinished, _Incoming):
             unfinished.spool.close()
@@ -551,28 +557,65 @@ class Link:
 
     async def _read(self) -> None:
         socket = self.socket
-        turn = 0
+        socket.on_frames = self._arrived
         while True:
-            event = self._receive(await socket.frame())
-            if isinstance(event, s.Answered):
-                self._answered(event.message)
-            elif isinstance(event, s.BodyArrived):
-                await self._message(event)
-            elif isinstance(event, s.PartArrived):
-                assert isinstance(event.sink, _Incoming)
-                await event.sink.store()
-                self._acknowledge(event)
-            elif isinstance(event, s.TopicMissed):
-                logger.info("messages on %r may have been missed", event.topic)
-                self.hub.gap()
-            turn += 1
-            if not socket.waiting:
+            while self._arrived():
+                if self._work is not None:
+                    work, self._work = self._work, None
+                    await work
+                else:
+                    await asyncio.sleep(0)
+            await socket.arrived()
+
+    def _arrived(self) -> bool:
+        """Deals with frames as long as nothing has to be waited for; whether the reader is needed,
+        for `_work` or because there are many."""
+        try:
+            for _ in range(_BURST):
+                if self._work is not None or (frame := self.socket.take()) is None:
+                    break
+                self._work = self._handle(self._receive(frame))
+            else:
                 self.pump()
-                if not socket.writable.is_set():  # no acknowledgements without end
-                    await socket.writable.wait()
-            elif turn % _BURST == 0:
-                self.pump()
-                await asyncio.sleep(0)
+                return True
+        except Exception as e:  # noqa: BLE001 the reader raises it
+            self._work = _raise(e)
+            return True
+        self.pump()
+        if self._work is None and not self.socket.writable.is_set():
+            self._work = self._writable()  # no acknowledgements without end
+        return self._work is not None
+
+    async def _writable(self) -> None:
+        await self.socket.writable.wait()
+
+    def _handle(self, event: s.Event) -> Work | None:
+        """Acts on an event; what is returned has to be waited for before the next."""
+        if isinstance(event, s.Answered):
+            self._answered(event.message)
+        elif isinstance(event, s.BodyArrived):
+            if not self._small_message(event):
+                return self._message(event)
+        elif isinstance(event, s.PartArrived):
+            return self._part(event)
+        elif isinstance(event, s.TopicMissed):
+            logger.info("messages on %r may have been missed", event.topic)
+            self.hub.gap()
+        return None
+
+    async def _part(self, event: s.PartArrived) -> None:
+        assert isinstance(event.sink, _Incoming)
+        await event.sink.store()
+        self._acknowledge(event)
+
+    def _small_message(self, event: s.BodyArrived) -> bool:
+        """A message as most are. False: it is not one of those."""
+        if event.body is None or event.compressor is not None or self.hub.waits_for_receivers:
+            return False
+        body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
+        self.hub.offer(event.head.topic, body)
+        self._acknowledge(event)
+        return True
 
     def _receive(self, frame: bytes) -> s.Event:
         try:
@@ -656,6 +699,14 @@ class Link:
             memory_limit=config.message_body_spool_size,
             directory=config.spool_directory,
         )
+
+
+def _ignore() -> bool:
+    return False
+
+
+async def _raise(e: Exception) -> None:
+    raise e
 
 
 def _plain(notify: _Notify) -> s.Payload:

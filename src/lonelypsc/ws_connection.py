@@ -36,6 +36,8 @@ class Socket(asyncio.Protocol):
     Attributes:
         writable: set while the peer takes what is sent; wait for it before sending much.
         on_writable: called when that is so again.
+        on_frames: called when frames have arrived while somebody is in `arrived`; whether that
+            shall return now.
     """
 
     def __init__(self, url: str, *, max_size: int, max_frames: int, heartbeat: float) -> None:
@@ -52,6 +54,7 @@ class Socket(asyncio.Protocol):
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._flushing = False
         self.on_writable: Callable[[], None] = _nothing
+        self.on_frames: Callable[[], bool] = _wake
         self.writable = asyncio.Event()
         self.writable.set()
         self._frames: deque[bytes] = deque()
@@ -68,25 +71,26 @@ class Socket(asyncio.Protocol):
 
     # the user's side
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a frame is there already."""
-        return bool(self._frames)
-
-    async def frame(self) -> bytes:
-        """The next frame.
+    async def arrived(self) -> None:
+        """Waits for frames, or for what `on_frames` has to say.
 
         Raises:
-            ConnectionLost: there will be none; says why.
+            ConnectionLost: there are none, and there will be none; says why.
         """
-        while not self._frames:
-            if self._end is not None:
-                raise ConnectionLost(self._end)
-            self._reader = self._loop.create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
+        if self._frames:
+            return
+        if self._end is not None:
+            raise ConnectionLost(self._end)
+        self._reader = self._loop.create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def take(self) -> bytes | None:
+        """The next frame, if one is there."""
+        if not self._frames:
+            return None
         frame = self._frames.popleft()
         self._bytes -= len(frame)
         if self._paused and self._transport is not None and not self._is_full(_RESUME_PART):
@@ -144,9 +148,10 @@ class Socket(asyncio.Protocol):
             self._ended(f"the broadcaster does not take websockets here: {self._ws.handshake_exc}")
         if self._ws.parser_exc is not None:
             self._ended(f"the broadcaster breaks the rules of websockets: {self._ws.parser_exc}")
-        self._flush_soon()
-        if self._frames and self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader = self._reader
+        if self._frames and reader is not None and not reader.done() and self.on_frames():
+            reader.set_result(None)
+        self._flush()
         if not self._paused and self._is_full(1) and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -235,6 +240,10 @@ class Socket(asyncio.Protocol):
 
 def _nothing() -> None:
     pass
+
+
+def _wake() -> bool:
+    return True
 
 
 async def connect(
