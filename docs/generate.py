@@ -17,7 +17,9 @@ from typing import Any
 from lonelypsc import errors
 from lonelypsc.client import PubSubClient, PubSubClientSubscription
 from lonelypsc.config.config import HttpPubSubConfig
-from lonelypsp import bodies, signing
+from lonelypsc.config.ws_config import WebsocketPubSubConfig
+from lonelypsp import bodies, messages, signing
+from lonelypsp.session import RULES, Inside, Url
 from lonelypsp.wire import layout
 from lonelypss.config import options
 
@@ -104,11 +106,78 @@ def operation_table() -> str:
     )
 
 
-def settings_table() -> str:
-    helps = documented(inspect.getdoc(HttpPubSubConfig) or "")
+def kinds_table() -> str:
+    """Type numbers, and what may follow what: the rules of `lonelypsp.session`."""
     rows = []
-    for field in fields(HttpPubSubConfig):
-        default = "required" if field.default is MISSING else code(field.default)
+    for end, registered in (
+        ("subscriber", messages.FROM_SUBSCRIBER),
+        ("broadcaster", messages.FROM_BROADCASTER),
+    ):
+        for kind, classes in sorted(registered.items()):
+            for cls in classes:
+                rule = RULES[cls]
+                answers = [rule.answer, rule.more]
+                rows.append(
+                    (
+                        end,
+                        str(kind),
+                        code(cls.__name__),
+                        code(cls.OPERATION),
+                        _URL_TEXTS[rule.url],
+                        " or ".join(code(a.__name__) for a in answers if a is not None),
+                        _INSIDE_TEXTS[rule.inside],
+                    )
+                )
+    head = ("from", "type", "message", "signed as", "over a url", "answered by", "between parts")
+    return table(head, rows)
+
+
+_URL_TEXTS = {
+    Url.NONE: "",
+    Url.OWN: "its sender's next",
+    Url.OWN_AS_RECOVERY: "its sender's next, as recovery",
+    Url.REQUEST: "that of what it answers",
+}
+_INSIDE_TEXTS = {
+    Inside.YES: "yes",
+    Inside.ACCEPTED: "taken, never sent",
+    Inside.NO: "no",
+    Inside.ONLY: "only there",
+}
+
+
+def header_table() -> str:
+    """The headers of each message, in the order of the minimal form."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for registered in (messages.FROM_SUBSCRIBER, messages.FROM_BROADCASTER):
+        for classes in registered.values():
+            for cls in classes:
+                headers = ", ".join(code(header.name) for header in cls.HEADERS.values())
+                rows.setdefault((headers, "yes" if cls.BODY else ""), []).append(cls.__name__)
+    head = ("message", "headers", "body")
+    return table(head, [(", ".join(map(code, names)), *row) for row, names in rows.items()])
+
+
+def header_values() -> str:
+    """How the value of each header is written."""
+    texts: dict[str, list[str]] = {}
+    for registered in (messages.FROM_SUBSCRIBER, messages.FROM_BROADCASTER):
+        for header in (h for cs in registered.values() for c in cs for h in c.HEADERS.values()):
+            ways = texts.setdefault(header.name, [])
+            if header.wire not in ways:
+                ways.append(header.wire)
+    return table(
+        ("header", "value"), [(code(name), "; or ".join(ways)) for name, ways in texts.items()]
+    )
+
+
+def settings_table(config: Any) -> str:
+    helps = documented(inspect.getdoc(config) or "")
+    rows = []
+    for field in fields(config):
+        default = code(field.default)
+        if field.name in ("broadcasters", "auth") or field.default is MISSING:
+            default = "required" if field.default_factory is MISSING else "empty"
         rows.append((code(field.name), default, sentence(helps[field.name])))
     return table(("setting", "default", "meaning"), rows)
 
@@ -172,7 +241,11 @@ GENERATORS: Mapping[str, Callable[..., str]] = {
     "subscriber endpoints": lambda: endpoint_table(bodies.SUBSCRIBER_ENDPOINTS),
     "bodies": body_tables,
     "operations": operation_table,
-    "client settings": settings_table,
+    "websocket kinds": kinds_table,
+    "websocket headers": header_table,
+    "websocket values": header_values,
+    "client settings": lambda: settings_table(HttpPubSubConfig),
+    "websocket settings": lambda: settings_table(WebsocketPubSubConfig),
     "client methods": lambda: methods(PubSubClient, PubSubClientSubscription),
     "client errors": error_table,
 }

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -371,10 +372,11 @@ def test_subs(runner: CliRunner, tmp_path: Path) -> None:
 
 
 # lonelypsc
-def test_listen_and_notify(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+def test_listen_and_notify(tmp_path: Path, scheme: str) -> None:
     assert run("lonelypss", "setup", cwd=tmp_path).returncode == 0
     with broadcaster(tmp_path) as (_, url):
-        where = f"--broadcaster={url}"
+        where = f"--broadcaster={url.replace('http', scheme)}"
         listen = command("lonelypsc", "listen", "--glob=**", "--json", "--count=4", where)
         with started(listen, tmp_path) as listener:
             listener.event("listening")
@@ -397,17 +399,22 @@ def test_listen_and_notify(tmp_path: Path) -> None:
             assert listener.process.wait(40) == 0
 
 
-def test_ctrl_c_unsubscribes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+def test_ctrl_c_unsubscribes(tmp_path: Path, scheme: str) -> None:
     with broadcaster(tmp_path) as (_, url):
-        listen = ("listen", "--exact=a\x1b[2J", f"--broadcaster={url}")
+        where = f"--broadcaster={url.replace('http', scheme)}"
+        listen = ("listen", "--exact=a\x1b[2J", where)
         with started(command("lonelypsc", *listen), tmp_path) as listener:
             listener.line("listening, Ctrl-C ends")
             notify = ("notify", "a\x1b[2J", "\x1b[0m", f"--broadcaster={url}")
             assert "notified 1" in run("lonelypsc", *notify, cwd=tmp_path).stdout
             assert listener.line("^a") == r"a\x1b[2J: \x1b[0m"
             assert listener.stop(signal.SIGINT) == 0
-        counted = run("lonelypss", "subs", "ls", "--json", cwd=tmp_path)
-        assert json.loads(counted.stdout) == {"exact": 0, "glob": 0, "missed": 0}
+
+        def counted() -> Any:
+            return json.loads(run("lonelypss", "subs", "ls", "--json", cwd=tmp_path).stdout)
+
+        eventually(lambda: counted() == {"exact": 0, "glob": 0, "missed": 0})
 
 
 @pytest.mark.parametrize(
@@ -421,6 +428,11 @@ def test_ctrl_c_unsubscribes(tmp_path: Path) -> None:
         (["notify", "a", "b", "--secrets=nowhere"], 1, "nowhere: No such file or directory"),
         (["notify", "a" * 70_000, "b"], 2, "topic: 70,000 bytes"),
         (["notify", "a", "b", "--retries=1", "--broadcaster={free}"], 1, "--broadcaster"),
+        (
+            ["notify", "a", "b", "--retries=1", "--broadcaster=ws://127.0.0.1:9"],
+            1,
+            "(--broadcaster",
+        ),
         (["listen", "--exact=a", "--bind={taken}"], 1, "(--bind)"),
     ],
 )

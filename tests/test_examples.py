@@ -137,6 +137,17 @@ def test_large_file(directory: Path) -> None:
     assert (directory / "received.bin").stat().st_size == 32 * 1024 * 1024
 
 
+def test_websocket(directory: Path) -> None:
+    with (
+        broadcaster(directory) as (_, url),
+        example("websocket.py", directory, url) as (program, _, _),
+    ):
+        program.line("Sent 100 messages, received 100")
+        program.line("Reading the current state")
+        program.line(r"The last one: prices/\d+ is \d+\.99")
+        assert program.process.wait(40) == 0
+
+
 def test_recover(directory: Path) -> None:
     quick = ("--missed-constant=0.1", "--missed-expo-factor=0", "--missed-jitter=0")
     with broadcaster(directory, *quick) as (_, url):

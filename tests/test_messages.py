@@ -478,5 +478,5 @@ def test_every_header_tells_its_encoding() -> None:
         for header in cls.HEADERS.values()
     }
     assert documented["x-subscriber-nonce"] == "32 bytes"
-    assert documented["x-compression-level"] == "signed, at most 2 bytes"
+    assert documented["x-compression-level"] == "signed, at most 2 bytes, written with all 2"
     assert all(documented.values())

@@ -27,16 +27,14 @@ except ImportError as e:
 
 from fastapi import APIRouter
 
-from lonelypsc.client import PubSubClientMessage
+from lonelypsc.client import PubSubClient, PubSubClientMessage
 from lonelypsc.config.auth_config import AuthConfigFromParts
-from lonelypsc.config.config import (
-    HttpPubSubBind,
-    HttpPubSubConfig,
-    make_http_pub_sub_config,
-)
+from lonelypsc.config.config import HttpPubSubBind, make_http_pub_sub_config
 from lonelypsc.config.file_config import get_auth_config_from_file
+from lonelypsc.config.ws_config import make_websocket_pub_sub_config
 from lonelypsc.errors import PubSubBindError, PubSubError, PubSubRequestRefusedError
 from lonelypsc.http_client import HttpPubSubClient
+from lonelypsc.ws_client import WebsocketPubSubClient
 from lonelypsp.errors import ProtocolError
 from lonelypsp.signing import AuthConfig, Nothing
 
@@ -78,8 +76,26 @@ class _Connection:
     timeout: float
     retries: int
 
-    def config(self, bind: HttpPubSubBind, host: str) -> HttpPubSubConfig:
-        return make_http_pub_sub_config(
+    @property
+    def by_websocket(self) -> bool:
+        return all(url.startswith(("ws://", "wss://")) for url in self.broadcasters)
+
+    def client(self, bind: HttpPubSubBind, host: str) -> PubSubClient:
+        """Over websockets or HTTP, as the broadcasters' urls say.
+
+        Args:
+            bind, host: where messages arrive over HTTP.
+        """
+        if self.by_websocket:
+            return WebsocketPubSubClient(
+                make_websocket_pub_sub_config(
+                    broadcasters=[{"host": url} for url in self.broadcasters],
+                    auth=self._auth(),
+                    websocket_open_timeout=self.timeout,
+                    outgoing_initial_connect_retries=self.retries - 1,
+                )
+            )
+        config = make_http_pub_sub_config(
             bind=bind,
             host=host,
             broadcasters=[{"host": url} for url in self.broadcasters],
@@ -87,6 +103,7 @@ class _Connection:
             outgoing_http_timeout_total=self.timeout,
             outgoing_retries_per_broadcaster=self.retries,
         )
+        return HttpPubSubClient(config)
 
     def _auth(self) -> AuthConfig:
         path = self.secrets
@@ -119,7 +136,7 @@ def _connecting(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--timeout", type=float, default=30.0, show_default=True, envvar="LONELYPSC_TIMEOUT",
-            help="Seconds for one request; a large message gets more.",
+            help="Seconds for one request, or to open a websocket; a large message gets more.",
         ),
         click.option(
             "--secrets", metavar="FILE", envvar="LONELYPSC_SECRETS",
@@ -129,7 +146,7 @@ def _connecting(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--broadcaster", metavar="URL", multiple=True, default=[DEFAULT_BROADCASTER],
             show_default=True, envvar="LONELYPSC_BROADCASTER",
-            help="Where to send requests; may be repeated.",
+            help="http(s)://, or ws(s):// for a websocket; may be repeated.",
         ),
     ):  # fmt: skip
         run = option(run)
@@ -147,13 +164,18 @@ Examples:
   lonelypsc demo                            see it work, in a few seconds
   lonelypsc listen --exact orders/42        print what arrives
   lonelypsc notify orders/42 'it is paid'   send to all who listen
+  lonelypsc listen --glob 'orders/*' --broadcaster ws://127.0.0.1:3003
 
 Options can also be set in the environment, e.g. LONELYPSC_BROADCASTER and LONELYPSC_SECRETS.
 """,
 )
 @click.version_option(version("lonelypsc"), "--version", prog_name="lonelypsc")
 def main() -> None:
-    """lonelypsc: send and receive messages through a lonelyps broadcaster, over plain HTTP."""
+    """lonelypsc: send and receive messages through a lonelyps broadcaster.
+
+    Over plain HTTP, without a connection that stays open, or over a websocket: the url of the
+    broadcaster decides.
+    """
 
 
 # notify
@@ -198,10 +220,9 @@ async def _notify(
 ) -> int:
     async def bind_nothing(router: APIRouter) -> None: ...
 
-    config = connection.config(
+    async with connection.client(
         {"type": "manual", "callback": bind_nothing}, host="http://notify-only.invalid"
-    )
-    async with HttpPubSubClient(config) as client:
+    ) as client:
         result = await client.notify(topic=topic, sync_file=file, progress=advance)
     return result.notified
 
@@ -253,7 +274,8 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--host-url", metavar="URL", envvar="LONELYPSC_HOST_URL",
-    help="How the broadcaster reaches us; {port} stands for the port.  [default: from --bind]",
+    help="How the broadcaster reaches us; {port} stands for the port.  [default: from --bind]"
+    " Neither is used with a websocket.",
 )  # fmt: skip
 @click.option("--count", type=click.IntRange(min=1), help="End after that many messages.")
 @_json_option
@@ -278,9 +300,9 @@ def listen(
         host, port = _address(bind)
         shown = f"[{host}]" if ":" in host else host
         url = host_url or f"http://{shown}:{port or '{port}'}"
-        config = connection.config({"type": "uvicorn", "host": host, "port": port}, url)
+        client = connection.client({"type": "uvicorn", "host": host, "port": port}, url)
         topics = [os.fsencode(topic) for topic in exact]
-        _run(_listen(config, topics, list(glob), count, _Printer(as_json)))
+        _run(_listen(client, topics, list(glob), count, _Printer(as_json)))
 
 
 def _address(bind: str) -> tuple[str, int]:
@@ -295,13 +317,13 @@ def _address(bind: str) -> tuple[str, int]:
 
 
 async def _listen(
-    config: HttpPubSubConfig,
+    client: PubSubClient,
     exact: list[bytes],
     globs: list[str],
     count: int | None,
     printer: _Printer,
 ) -> None:
-    async with HttpPubSubClient(config) as client:
+    async with client:
         subscription = client.subscribe(exact=exact, glob=globs, on_receiving=printer.receiving)
         async with subscription:
             received = 0

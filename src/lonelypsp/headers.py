@@ -141,7 +141,9 @@ class Integer(Header[int]):
         most: int | None = None,
         missing: bytes | None = None,
     ) -> None:
-        super().__init__(name, f"{'signed' if signed else 'unsigned'}, at most {width} bytes")
+        way = f"written with all {width}" if fixed else "0 is one byte" if zero else ""
+        sign = "signed" if signed else "unsigned"
+        super().__init__(name, f"{sign}, at most {width} bytes{way and ', '}{way}")
         self.width, self.zero, self.fixed, self.signed = width, zero, fixed, signed
         self.missing = missing
         bits = 8 * width - signed

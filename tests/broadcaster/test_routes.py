@@ -56,8 +56,8 @@ ABOUT = vectors.load("stateless")["about"]
 NOW = ABOUT["now"]
 URL, RECOVERY = subscriber_urls("http://127.0.0.1:3002")
 
-NOT_YET = {"/v1/receive_for_websockets", "/v1/missed_for_websockets"}
-"""Endpoints that come with websockets: remove them from here then."""
+NOT_HERE = {"/v1/receive_for_websockets", "/v1/missed_for_websockets"}
+"""Endpoints of a port of their own, see test_peers.py."""
 
 DELIBERATE: dict[str, dict[str, Any]] = {
     # 00 0a only unsubscribes with 2xx or 410, so this row's subscription stays, ...
@@ -97,7 +97,7 @@ def test_the_table_of_differences_names_existing_rows() -> None:
     names = {row["name"].split(" auth=")[0] for row in every}
     assert set(DELIBERATE) <= names
     paths = {row["inputs"]["path"].partition("?")[0] for row in every}
-    assert paths >= NOT_YET
+    assert paths >= NOT_HERE
     assert {row["inputs"]["auth"] for row in every} == {"none", "hmac"}
 
 
@@ -148,7 +148,7 @@ async def test_recorded_exchanges(auth: str, monkeypatch: pytest.MonkeyPatch) ->
                     authorization=inputs["headers"].get("Authorization"),
                 ),
             )
-            if path in NOT_YET:
+            if path in NOT_HERE:
                 assert response.status == 404, name
                 continue
             assert response.status == expected["status"], (name, response)
