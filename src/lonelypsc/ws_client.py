@@ -62,6 +62,7 @@ INLINE = 64 * 1024
 _CHUNK = 1024 * 1024
 _BURST = 32  # frames looked at before the rest of the program gets its turn
 _UNANSWERED = 128
+_ACKS_PART = 16  # of the broadcaster's window: acknowledgements that leave together
 _RECEIVED = 1000
 _LONGEST_PAUSE = 60.0
 _RECONNECT_SPREAD = 0.2  # seconds; not everybody comes back at the same moment
@@ -637,7 +638,7 @@ class Link:
 
     def _acknowledge(self, event: s.Owed) -> None:
         for frame in self.session.answer(event, time.time()):
-            self.socket.send(frame)
+            self.socket.send_late(frame, self.session.peer_window // _ACKS_PART)
 
     async def _message(self, event: s.BodyArrived) -> None:
         try:

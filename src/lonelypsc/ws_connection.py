@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from websockets.client import ClientProtocol
 
 _RESUME_PART = 2
+_MOMENT = 0.002  # seconds
 _BYTES_AHEAD = 1024 * 1024
 _PORTS = {"ws": 80, "wss": 443}
 ABNORMAL = 1006
@@ -53,6 +54,8 @@ class Socket(asyncio.Protocol):
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._flushing = False
+        self._late = 0
+        self._late_timer: asyncio.TimerHandle | None = None
         self.on_writable: Callable[[], None] = _nothing
         self.on_frames: Callable[[], bool] = _wake
         self.writable = asyncio.Event()
@@ -104,6 +107,17 @@ class Socket(asyncio.Protocol):
             self._ws.send_binary(frame)
             self._flush_soon()
 
+    def send_late(self, frame: bytes, most: int) -> None:
+        """Sends a frame for which nobody waits: with the next other one, or when there are `most`
+        of them, or after a moment. It saves the peer a wake-up for each."""
+        if self._end is None:
+            self._ws.send_binary(frame)
+            self._late += 1
+            if self._late >= most:
+                self._flush_soon()
+            elif self._late_timer is None:
+                self._late_timer = self._loop.call_later(_MOMENT, self._flush)
+
     async def close(self, code: int, reason: str, patience: float | None) -> None:
         """Says goodbye and waits `patience` seconds for an answer."""
         self.fail(code, reason)
@@ -151,7 +165,8 @@ class Socket(asyncio.Protocol):
         reader = self._reader
         if self._frames and reader is not None and not reader.done() and self.on_frames():
             reader.set_result(None)
-        self._flush()
+        if self._flushing or not self._late or self._end is not None:
+            self._flush()
         if not self._paused and self._is_full(1) and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -202,6 +217,10 @@ class Socket(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
+        self._late = 0
+        if self._late_timer is not None:
+            self._late_timer.cancel()
+            self._late_timer = None
         transport = self._transport
         if transport is None or transport.is_closing():
             return

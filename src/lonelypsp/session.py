@@ -164,6 +164,9 @@ class _Signed(Mapping[str, Any]):
 
 COUNTS_PARTS = b"counts-parts"
 """What our CONFIGURE has as x-tracing, see `BroadcasterSession`."""
+_WINDOW = b"window="
+"""What our answer to that has as x-tracing, followed by `Limits.unanswered`."""
+_OLDER_WINDOW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -812,6 +815,9 @@ class SubscriberSession(Session):
         initial_dict: the preset dictionary wished for; 0: none.
         tracing: of CONFIGURE.
 
+    Attributes:
+        peer_window: frames that the broadcaster sends before it waits for an answer.
+
     Older broadcasters count every part of a body, older subscribers only its start; and a
     broadcaster that serves those may sign parts in any way. So the next message behind a body is
     verified with both counts. Parts need not be verified: the hash of the whole is signed with the
@@ -835,6 +841,7 @@ class SubscriberSession(Session):
         self._decode = m.decode_from_broadcaster
         self._zstd, self._training = enable_zstd, enable_zstd and enable_training
         self._initial_dict, self._tracing = initial_dict, tracing
+        self.peer_window = _OLDER_WINDOW
         self._handlers = dict.fromkeys(_TO_SUBSCRIBER, self._on_answer) | {
             m.ConfirmConfigure: self._on_confirm_configure,
             m.ReceiveStreamStart: self._on_start,
@@ -887,6 +894,9 @@ class SubscriberSession(Session):
     def _on_confirm_configure(self, message: m.ConfirmConfigure, now: float) -> Event:
         self._verify(message, now)
         self._nonce = connection_nonce(self._own_nonce, message.broadcaster_nonce)
+        digits = message.tracing.removeprefix(_WINDOW)
+        if digits != message.tracing and digits.isdigit() and len(digits) < 10:
+            self.peer_window = int(digits)
         self.phase = Phase.OPEN
         return Opened()
 
@@ -965,6 +975,7 @@ class BroadcasterSession(Session):
         self._decode = m.decode_from_subscriber
         self._zstd, self._training, self._counts_parts = allow_zstd, allow_training, counts_parts
         self._subscriber_nonce = b""
+        self._own_trace = b""
         self._handlers = {
             m.Configure: self._on_configure,
             m.SubscribeExact: self._on_asked,
@@ -983,7 +994,8 @@ class BroadcasterSession(Session):
         return self._whole(m.ReceiveStreamStart, payload, body, now)
 
     def confirm_configure(self, now: float) -> bytes:
-        frame = self._send(m.ConfirmConfigure, now, {"broadcaster_nonce": self._own_nonce})
+        fields = {"broadcaster_nonce": self._own_nonce, "tracing": self._own_trace}
+        frame = self._send(m.ConfirmConfigure, now, fields)
         self._nonce = connection_nonce(self._subscriber_nonce, self._own_nonce)
         self.phase = Phase.OPEN
         return frame
@@ -1067,6 +1079,8 @@ class BroadcasterSession(Session):
         if self._zstd and wish > WITHOUT_DICTIONARY and wish not in self._presets:
             raise RemoteProtocolError(f"no preset dictionary has the id {wish}")
         self._subscriber_nonce = message.subscriber_nonce
+        if message.tracing == COUNTS_PARTS:
+            self._own_trace = b"%s%d" % (_WINDOW, self.limits.unanswered)
         self.phase = Phase.CONFIGURED
         return Configured(message, self._zstd, self._training)
 
