@@ -34,6 +34,7 @@ docs: $(VENV)/.dev-stamp
 bench: $(VENV)/.dev-stamp
 	@test -f benchmarks/run.py || { echo "no benchmarks/run.py yet; see benchmarks/"; exit 1; }
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --suite websocket
 
 fuzz: $(VENV)/.dev-stamp
 	LONELYPS_FUZZ=1 $(BIN)/python -m pytest -q -p no:cacheprovider --hypothesis-seed=random \

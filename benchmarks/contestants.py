@@ -23,6 +23,7 @@ from lonelypsp.wire import encode
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 CROWD = 1000
+FANS = ("fan1", "fan10", "fan100", "fan")
 OLDER_HMAC = ("older, hmac", "older, hmac, no uvloop")
 OLDER_NONE = ("older, none", "older, none, no uvloop")
 PATIENCE = 90.0
@@ -80,12 +81,14 @@ class Contestant(ABC):
             them counts.
         mode: what a publisher waits for, see its role.
         workloads: keys of those it takes part in.
+        crowd_counts: whether the crowd can tell what it got; if not, what was confirmed counts.
     """
 
     name: str
     bases: tuple[str, ...] = OLDER_HMAC
     mode: str = "confirmed"
     workloads: tuple[str, ...]
+    crowd_counts: bool = True
 
     @abstractmethod
     async def start(self, directory: Path, stack: AsyncExitStack) -> None:
@@ -97,9 +100,9 @@ class Contestant(ABC):
 
     async def trial(self, work: Workload, *, count: int, seconds: float) -> Trial:
         seats = self.seats
-        receiver = seats.one if work.subscribers == 1 else seats.crowd
+        receiver = seats.one if work.topic == "one" else seats.crowd
         assert receiver is not None
-        counts = not isinstance(self, Lonelyps) or work.subscribers == 1
+        counts = self.crowd_counts or work.subscribers == 1
         children = {"publisher": seats.publisher, "server": seats.server, "subscriber": receiver}
         before = {role: child.cpu_seconds() for role, child in children.items()}
         earlier = await self._received(receiver, 0, 0) if counts else (0, 0.0)
@@ -148,6 +151,9 @@ class Contestant(ABC):
 class Lonelyps(Contestant):
     """Ours or the older implementation: a broadcaster, a publisher, a subscriber, a sink."""
 
+    crowd_counts = False
+    _scheme = "http"
+
     def __init__(self, name: str, implementation: str, auth: str, *, plain: bool = False) -> None:
         self.name = name
         self.bases = OLDER_HMAC if auth == "hmac" else OLDER_NONE
@@ -173,13 +179,41 @@ class Lonelyps(Contestant):
         server = await start_broadcaster(self._implementation, python, directory, secrets, stack)
         publisher, one = [
             await start_client(
-                role, self._implementation, python, directory, server, secrets, stack
+                role, self._implementation, python, directory, server, secrets, stack, self._scheme
             )
             for role in ("publisher", "subscriber")
         ]
         await one.command("subscribe", topic="one", timeout=PATIENCE)
         self._seats = Seats(server, publisher, one)
-        self._seats.crowd = await start_sink(directory, server, secrets, stack)
+        self._seats.crowd = await self._start_crowd(directory, server, secrets, stack)
+
+    async def _start_crowd(
+        self, directory: Path, server: Child, secrets: Path, stack: AsyncExitStack
+    ) -> Child:
+        return await start_sink(directory, server, secrets, stack)
+
+
+class LonelypsWebsocket(Lonelyps):
+    """The same with a websocket for each of publisher, subscriber, and the crowd."""
+
+    crowd_counts = True
+    _scheme = "ws"
+
+    def __init__(self, implementation: str, auth: str) -> None:
+        who = "lonelyps" if implementation == "ours" else "older"
+        super().__init__(f"{who} websocket, {auth}", implementation, auth)
+        self.bases = (f"older websocket, {auth}",)
+        self.workloads = ("one", "many", "pipe", *FANS)
+
+    async def _start_crowd(
+        self, directory: Path, server: Child, secrets: Path, stack: AsyncExitStack
+    ) -> Child:
+        command = [sys.executable, PEERS / "ws_crowd.py", str(server.port), str(CROWD)]
+        if self._auth == "hmac":
+            command.append(secrets)
+        crowd = await Child.start("crowd", directory, command)
+        stack.push_async_callback(crowd.stop)
+        return crowd
 
 
 def write_secrets(directory: Path, kind: str) -> Path:
@@ -211,9 +245,10 @@ async def start_client(
     server: Child,
     secrets: Path,
     stack: AsyncExitStack,
+    scheme: str = "http",
     name: str = "",
 ) -> Child:
-    url = f"http://127.0.0.1:{server.port}"
+    url = f"{scheme}://127.0.0.1:{server.port}"
     command = [python, PEERS / "lonelyps_client.py", role, implementation, url, str(free_port())]
     if "hmac" in secrets.read_text():
         command.append(secrets)
@@ -252,7 +287,9 @@ class Broker(Contestant):
     def __init__(self, name: str, kind: str, mode: str, share: Broker | None = None) -> None:
         self.name = name
         self.mode = mode
-        self.workloads = ("one", "many", "fan") if mode == "confirmed" else ("one", "many")
+        self.workloads = ("one", "many", "pipe")
+        if mode == "confirmed":
+            self.workloads += ("fan",)
         self._kind = kind
         self._share = share
         self._seats: Seats | None = None
@@ -300,17 +337,22 @@ class Broker(Contestant):
         return b"Server is ready" if self._kind == "nats" else b"Ready to accept connections"
 
 
-def contestants() -> list[Contestant]:
-    """All rows, in the order of the tables."""
+def contestants(suite: str) -> list[Contestant]:
+    """All rows of "http" or "websocket", in the order of the tables."""
     redis = Broker("Redis, subscriber replies", "redis", "confirmed")
     nats = Broker("NATS, request", "nats", "confirmed")
-    return [
+    ours: list[Contestant] = [
         Lonelyps("lonelyps, hmac", "ours", "hmac"),
         Lonelyps("lonelyps, none", "ours", "none"),
         Lonelyps(OLDER_HMAC[0], "reference", "hmac"),
         Lonelyps(OLDER_HMAC[1], "reference", "hmac", plain=True),
         Lonelyps(OLDER_NONE[0], "reference", "none"),
         Lonelyps(OLDER_NONE[1], "reference", "none", plain=True),
+    ]
+    if suite == "websocket":
+        ours = [LonelypsWebsocket(i, a) for i in ("ours", "reference") for a in ("hmac", "none")]
+    return [
+        *ours,
         redis,
         Broker("Redis, PUBLISH", "redis", "publish", share=redis),
         nats,

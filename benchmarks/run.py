@@ -1,6 +1,7 @@
 """Notify rates of lonelyps, its older implementation, Redis and NATS, measured in one run.
 
-    .venv/bin/python benchmarks/run.py [--quick] [--only NAME ...] [--rounds N]
+    .venv/bin/python benchmarks/run.py [--suite http|websocket] [--quick] [--only NAME ...]
+        [--rounds N]
 
 README.md in this folder says what is measured and how to read it.
 """
@@ -20,17 +21,28 @@ from contestants import CROWD, Contestant, Trial, Workload, contestants
 from environments import UnavailableError
 from processes import ChildError
 
-WORKLOADS = (
-    Workload("one", "Notify one at a time", "one", 1, 1, 20_000, 3.0),
-    Workload("many", "Notify with 32 in flight", "one", 32, 1, 20_000, 3.0),
-    Workload("fan", "One message at a time to 1,000 subscribers", "fan", 1, CROWD, 500, 3.0),
-)
+_ONE = Workload("one", "Notify one at a time", "one", 1, 1, 20_000, 3.0)
+_MANY = Workload("many", "Notify with 32 in flight", "one", 32, 1, 60_000, 3.0)
+_FAN = Workload("fan", "One message at a time to 1,000 subscribers", "fan", 1, CROWD, 500, 3.0)
+SUITES = {
+    "http": (_ONE, _MANY, _FAN),
+    "websocket": (
+        _ONE,
+        _MANY,
+        Workload("pipe", "Notify with 128 in flight", "one", 128, 1, 100_000, 3.0),
+        Workload("fan1", "One message at a time to 1 websocket", "fan1", 1, 1, 20_000, 2.0),
+        Workload("fan10", "One message at a time to 10 websockets", "fan10", 1, 10, 20_000, 2.0),
+        Workload("fan100", "One message at a time to 100 websockets", "fan100", 1, 100, 5_000, 2.0),
+        _FAN,
+    ),
+}
 QUICK_SECONDS = 0.7
 WARM_UP_SECONDS = 0.5
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--suite", choices=SUITES, default="http", help="default http")
     parser.add_argument("--quick", action="store_true", help="two short rounds; writes nothing")
     parser.add_argument("--rounds", type=int, help="default 7, with --quick 2")
     parser.add_argument(
@@ -38,20 +50,21 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="a workload (one, many, fan) or a part of a row's name, e.g. redis; may be repeated."
+        help="a workload, e.g. fan, or a part of a row's name, e.g. redis; may be repeated."
         " Writes nothing unless --output is given",
     )
-    parser.add_argument("--output", type=Path, help="folder for http.md and http.json")
+    parser.add_argument("--output", type=Path, help="folder for the result, .md and .json")
     return parser.parse_args()
 
 
-def choose(only: list[str]) -> tuple[list[Workload], list[Contestant]]:
-    keys = [work.key for work in WORKLOADS]
+def choose(suite: str, only: list[str]) -> tuple[list[Workload], list[Contestant]]:
+    workloads, every = SUITES[suite], contestants(suite)
+    keys = [work.key for work in workloads]
     names = [name.lower() for name in only if name not in keys]
-    chosen = [work for work in WORKLOADS if work.key in only] or list(WORKLOADS)
-    rows = [r for r in contestants() if not names or any(n in r.name.lower() for n in names)]
+    chosen = [work for work in workloads if work.key in only] or list(workloads)
+    rows = [row for row in every if not names or any(n in row.name.lower() for n in names)]
     if not rows:
-        everything = "; ".join(row.name for row in contestants())
+        everything = "; ".join(row.name for row in every)
         sys.exit(f"--only: nothing is called that; there are {', '.join(keys)}; {everything}")
     return chosen, rows
 
@@ -101,7 +114,8 @@ def say(text: str) -> None:
 
 async def main() -> None:
     arguments = parse_arguments()
-    workloads, rows = choose(arguments.only)
+    suite = arguments.suite
+    workloads, rows = choose(suite, arguments.only)
     rounds = arguments.rounds or (2 if arguments.quick else 7)
     task = asyncio.current_task()
     assert task is not None
@@ -124,9 +138,9 @@ async def main() -> None:
     whole = not (arguments.quick or arguments.only)
     if whole or arguments.output:
         data = {"machine": about, "packages": versions, "results": results, "missing": missing}
-        report.write("http", text, data, directory=arguments.output or report.HERE / "results")
+        report.write(suite, text, data, directory=arguments.output or report.HERE / "results")
     if whole and not arguments.output:
-        report.into_readme("http", text)
+        report.into_readme(suite, text)
 
 
 if __name__ == "__main__":
