@@ -16,7 +16,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,6 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeAlias, TypeVar
 
-from lonelypsp.globs import GlobIndex
 from lonelypss.store.base import (
     Kind,
     MissedNotice,
@@ -34,6 +33,7 @@ from lonelypss.store.base import (
     Subscription,
     load_queries,
 )
+from lonelypss.store.globset import SLICE, GlobChange, GlobSet
 
 T = TypeVar("T")
 _Work: TypeAlias = Callable[[sqlite3.Connection], T]
@@ -47,8 +47,6 @@ _ROWS_KEPT = 200_000
 _OPEN_TIMEOUT = 10.0  # others may be migrating
 _LOCK_PAUSE = 0.01
 _FORGET_PEER = 86_400.0
-# Changed globs that are taken over in one go; more would hold up the event loop.
-_SLICE = 500
 
 
 class SqliteStore:
@@ -65,11 +63,10 @@ class SqliteStore:
     def __init__(self, path: str | None, *, busy_timeout: float = 0.75) -> None:
         self.path = None if path is None else os.path.realpath(path)
         self.busy_timeout = busy_timeout
-        self._refresh: asyncio.Task[None] | None = None
         self._is_open = False
 
     async def open(self) -> None:
-        self._globs = _Globs()
+        self._globs = GlobSet(lambda known: self._read(partial(_read_globs, known)))
         # What was found for a topic, as long as the database confirms that nothing has changed:
         # its own version counts what others change, ours what is changed over the same connection.
         self._found: dict[bytes, Sequence[Subscription]] = {}
@@ -94,7 +91,7 @@ class SqliteStore:
             self._writer = _Worker("sqlite writer", connect, "BEGIN IMMEDIATE", self.busy_timeout)
         self._is_open = True
         try:
-            await self._refresh_globs()
+            await self._globs.refresh()
         except BaseException:
             await self.close()
             raise
@@ -103,8 +100,7 @@ class SqliteStore:
         if not self._is_open:
             return
         self._is_open = False
-        if self._refresh:
-            await asyncio.wait([self._refresh])
+        await self._globs.close()
         await self._reader.stop()
         await self._writer.stop()
         self._matcher.close()
@@ -267,34 +263,16 @@ class SqliteStore:
     # The globs in memory
 
     async def _catch_up(self, version: int) -> None:
-        """Bring the globs to `version` or later. All that wait share one refresh."""
-        running = self._refresh and not self._refresh.done()
-        if not running and version - self._globs.version <= _SLICE:
-            work = partial(_read_globs, self._globs.version)
+        """Few changes are read at once, in the event loop: that takes less than the way to a thread
+        and back."""
+        globs = self._globs
+        if not globs.is_refreshing and version - globs.version <= SLICE:
+            work = partial(_read_globs, globs.version)
             with suppress(sqlite3.Error):  # the reader thread gets the same and has time to wait
                 change = _one(_transact(self._matcher, "BEGIN", [work]))
-                for _ in self._take_over(change):
+                for _ in globs.take_over(change):
                     pass
-        while self._globs.version < version:
-            if not self._refresh or self._refresh.done():
-                self._refresh = asyncio.create_task(self._refresh_globs())
-                # its outcome counts as seen, even if all that wait are cancelled
-                self._refresh.add_done_callback(lambda task: task.cancelled() or task.exception())
-            await asyncio.shield(self._refresh)
-
-    async def _refresh_globs(self) -> None:
-        change = await self._read(partial(_read_globs, self._globs.version))
-        for _ in self._take_over(change):
-            await asyncio.sleep(0)
-
-    def _take_over(self, change: _GlobChange) -> Iterator[None]:
-        """Apply `change` in steps. Until the last, all who need the new version wait."""
-        globs = _Globs() if change.is_complete else self._globs
-        for start in range(0, len(change.rows), _SLICE):
-            globs.update(change.rows[start : start + _SLICE])
-            yield
-        globs.version = change.version
-        self._globs = globs
+        await globs.catch_up(version)
 
     # Work on the database
 
@@ -328,42 +306,14 @@ class SqliteStore:
         return error
 
 
-class _Globs:
-    """All globs of one version of the database."""
-
-    def __init__(self) -> None:
-        self.version = -1
-        self._by_id: dict[int, Subscription] = {}
-        self._index: GlobIndex[int] = GlobIndex()
-
-    def match(self, topic: bytes) -> list[Subscription]:
-        return [self._by_id[id] for id in self._index.match(topic)]
-
-    def update(self, rows: Iterable[tuple[int, bytes | None, str, str | None]]) -> None:
-        """Take over rows that are new or changed, or, with None as pattern, deleted."""
-        for id, pattern, url, recovery in rows:
-            if before := self._by_id.pop(id, None):
-                self._index.remove(before.pattern.decode(), id)
-            if pattern is not None:
-                self._by_id[id] = Subscription(id, Kind.GLOB, pattern, url, recovery)
-                self._index.add(pattern.decode(), id)
-
-
-@dataclass(frozen=True, slots=True)
-class _GlobChange:
-    version: int
-    is_complete: bool
-    rows: list[tuple[int, bytes | None, str, str | None]]
-
-
-def _read_globs(known: int, db: sqlite3.Connection) -> _GlobChange:
+def _read_globs(known: int, db: sqlite3.Connection) -> GlobChange:
     """What to add to the globs of version `known`, or all where that is too long ago."""
     version, history = db.execute(_SQL["glob_version"]).fetchone()
     if not 0 <= known <= version <= known + history:
-        return _GlobChange(version, True, db.execute(_SQL["all_globs"]).fetchall())
+        return GlobChange(version, True, db.execute(_SQL["all_globs"]).fetchall())
     dropped = db.execute(_SQL["dropped_globs"], (known,)).fetchall()
     changed = db.execute(_SQL["changed_globs"], (known,)).fetchall()
-    return _GlobChange(version, False, dropped + changed)
+    return GlobChange(version, False, dropped + changed)
 
 
 # Opening
