@@ -176,11 +176,17 @@ def test_fits_one_frame(length: int, frame_length: int, limit: int | None, fits:
 # reassembly
 
 
+def begun(start: StreamStart, sink: Any, **options: Any) -> Reassembly:
+    whole = Reassembly(start, sink, **options)
+    whole.add(start)
+    return whole
+
+
 @given(body=st.binary(max_size=2_000), limit=st.integers(0, 900))
 def test_reassembles_what_was_split(body: bytes, limit: int) -> None:
     start, *later = stream(body, limit)
     sink = io.BytesIO()
-    whole = Reassembly(start, sink)
+    whole = begun(start, sink)
     for part in later:
         assert not whole.complete
         assert whole.add(part) == whole.complete
@@ -195,7 +201,7 @@ def test_reassembles_decoded_frames_into_a_spool(memory_limit: int) -> None:
     start, *later = (messages.decode_from_subscriber(frame) for frame in frames)
     assert isinstance(start, StreamStart)
     with Spool(start.compressed_length, memory_limit=memory_limit) as spool:
-        whole = Reassembly(start, spool, check_hash=False)
+        whole = begun(start, spool, check_hash=False)
         for part in later:
             assert isinstance(part, StreamPart)
             whole.add(part)
@@ -208,7 +214,7 @@ def test_reassembles_decoded_frames_into_a_spool(memory_limit: int) -> None:
 def test_empty_parts_in_between() -> None:
     start = dataclasses.replace(stream(b"ab", None)[0], body=b"")
     sink = io.BytesIO()
-    whole = Reassembly(start, sink)
+    whole = begun(start, sink)
     assert not whole.add(NotifyStreamPart(identifier=start.identifier, part_id=1, body=b"a"))
     assert not whole.add(NotifyStreamPart(identifier=start.identifier, part_id=2, body=b""))
     assert whole.add(NotifyStreamPart(identifier=start.identifier, part_id=3, body=b"b"))
@@ -232,14 +238,14 @@ START, *LATER = stream(BODY[:2000], 600)
 )
 def test_refuses_the_wrong_part(wrong: Any, complaint: str) -> None:
     sink = io.BytesIO()
-    whole = Reassembly(START, sink)
+    whole = begun(START, sink)
     with pytest.raises(RemoteProtocolError, match=complaint):
         whole.add(wrong)
     assert len(sink.getvalue()) <= START.compressed_length
 
 
 def test_refuses_a_part_twice_and_a_part_too_many() -> None:
-    whole = Reassembly(START, io.BytesIO())
+    whole = begun(START, io.BytesIO())
     whole.add(LATER[0])
     with pytest.raises(RemoteProtocolError, match="part 1 where 2"):
         whole.add(LATER[0])
@@ -251,11 +257,11 @@ def test_refuses_a_part_twice_and_a_part_too_many() -> None:
 
 def test_refuses_a_start_that_is_wrong_by_itself() -> None:
     with pytest.raises(RemoteProtocolError, match="longer"):
-        Reassembly(dataclasses.replace(START, compressed_length=1), io.BytesIO())
+        begun(dataclasses.replace(START, compressed_length=1), io.BytesIO())
     only = stream(b"hello", None)[0]
     with pytest.raises(RemoteProtocolError, match="SHA-512"):
-        Reassembly(dataclasses.replace(only, body=b"hullo"), io.BytesIO())
+        begun(dataclasses.replace(only, body=b"hullo"), io.BytesIO())
     empty = stream(b"", None)[0]
-    assert Reassembly(empty, io.BytesIO()).complete
+    assert begun(empty, io.BytesIO()).complete
     with pytest.raises(RemoteProtocolError, match="SHA-512"):
-        Reassembly(dataclasses.replace(empty, sha512=bytes(64)), io.BytesIO())
+        begun(dataclasses.replace(empty, sha512=bytes(64)), io.BytesIO())

@@ -78,7 +78,7 @@ class Reassembly:
     """One body that arrives in parts, from its start on.
 
     Args:
-        start: part 0; its bytes are written at once.
+        start: part 0, which is to be added like all others.
         sink: where the body goes.
         check_hash: False where the sink compares the hash itself, as `Spool.finish` does; hashing
             is the larger part of the work.
@@ -86,9 +86,6 @@ class Reassembly:
     Attributes:
         start: what part 0 said about the whole.
         written: bytes of the body so far.
-
-    Raises:
-        RemoteProtocolError: as `add`.
     """
 
     def __init__(self, start: StreamStart, sink: Sink, *, check_hash: bool = True) -> None:
@@ -97,7 +94,6 @@ class Reassembly:
         self._next = 0
         self._sink = sink
         self._hash = hashlib.sha512() if check_hash else None
-        self.add(start)
 
     @property
     def complete(self) -> bool:

@@ -37,7 +37,7 @@ from lonelypsp.connection_url import (
 from lonelypsp.errors import AuthResult, LocalProtocolError, RemoteProtocolError
 from lonelypsp.headers import NONCE_LENGTH
 from lonelypsp.messages import Buffer, Message
-from lonelypsp.parts import Reassembly, Sink, part_length
+from lonelypsp.parts import SMALLEST_PART, Reassembly, Sink, part_length
 from lonelypsp.signing import OPERATIONS, AuthConfig, Authenticator
 
 
@@ -129,6 +129,7 @@ _TO_SUBSCRIBER = [
     *(m.ConfirmUnsubscribeGlob, m.ConfirmNotify, m.ContinueNotify),
 ]
 _NO_COUNTER = (0,)
+_MOST_SUBSCRIBERS = (1 << 32) - 1
 _NOTHING: Mapping[str, Any] = {}
 _ONLY_ITSELF = (_NOTHING,)
 HEAD_ALLOWANCE = 1024
@@ -167,6 +168,9 @@ COUNTS_PARTS = b"counts-parts"
 _WINDOW = b"window="
 """What our answer to that has as x-tracing, followed by `Limits.unanswered`."""
 _OLDER_WINDOW = 3
+_OLDER_SIGNED_PARTS = 257
+"""Older subscribers sign the id of a part that they acknowledge in 8 bits, where they sign with
+hmac, and give up at id 256. The last part is acknowledged without its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,6 @@ class Limits:
         owed: the peer's frames that wait for our answer, 4429. Stop reading before.
         body_length: of what the peer sends, before and after decompression, 4413.
         frame_length: of frames that carry a part of a body. Older subscribers take 4 MiB.
-        parts: of one body sent. Where hmac signs, the id of an acknowledged part has 8 bits, and
-            the last one is acknowledged without. None: no limit.
         subscriptions: of the connection, 4429.
         compressors: enabled at a time, 4429.
         dictionary_length: of a dictionary received, 4413.
@@ -190,7 +192,6 @@ class Limits:
     owed: int = 255
     body_length: int = 1 << 36
     frame_length: int | None = 3_670_016
-    parts: int | None = 257
     subscriptions: int = 100_000
     compressors: int = 8
     dictionary_length: int = 1 << 20
@@ -442,6 +443,8 @@ class Session:
     _counter: int
     _peer_counters: tuple[int, ...]
     """For the next message of the peer that is signed over a url: one of them is right."""
+    _most_parts: int | None = None
+    """Of one body, which the peer can acknowledge; None: any number."""
 
     def __init__(
         self, sign: Authenticator, judge: Authenticator, **options: Unpack[Options]
@@ -502,7 +505,9 @@ class Session:
         """What `frame` means.
 
         Raises:
-            ConnectionBroken: the peer broke the rules; the session is closed.
+            ConnectionBroken: the peer broke the rules.
+
+        Whatever it raises, the session is closed.
         """
         if self.phase is Phase.CLOSED:
             return Ignored()
@@ -513,6 +518,9 @@ class Session:
         except RemoteProtocolError as e:
             self.close()
             raise ConnectionBroken(str(e), status=e.status) from e
+        except Exception:  # of a sink or an authenticator: the frame took effect in part
+            self.close()
+            raise
 
     def _misplaced(self, cls: type[Message], *, receiving: bool) -> str | None:
         """Why a message cannot come now; None: it can."""
@@ -579,9 +587,13 @@ class Session:
             if hashlib.sha512(message.body).digest() != message.sha512:
                 raise RemoteProtocolError("the body does not have the SHA-512 that came with it")
             return BodyArrived(exchange, message, compressor, message.body, None)
+        if len(message.body) > message.compressed_length:  # before there is a sink to be closed
+            most = message.compressed_length
+            raise RemoteProtocolError(f"the body is longer than the {most:,} bytes declared")
         sink = self._new_sink(message)
         body = Reassembly(message, sink, check_hash=self._check_hash)
         self._receiving = _Receiving(body, sink, compressor)
+        body.add(message)
         return PartArrived(exchange, message, 0, sink)
 
     def _on_part(self, message: m.StreamPart, now: float) -> Event:
@@ -649,12 +661,14 @@ class Session:
         not answered, else this and those that waited for it.
 
         Args:
-            subscribers: for CONFIRM_NOTIFY: how many the message reached.
+            subscribers: for CONFIRM_NOTIFY: how many the message reached, at most 2^32 - 1.
             decompressed_sha512: for CONFIRM_NOTIFY, where the body was compressed.
         """
         exchange = event.exchange
         if exchange.given is not None:
             raise LocalProtocolError(f"{exchange.answer.__name__} was given already")
+        if not 0 <= subscribers <= _MOST_SUBSCRIBERS:  # it may be sent later than it is given
+            raise LocalProtocolError(f"{subscribers} subscribers cannot be signed")
         whole = isinstance(event, BodyArrived) and isinstance(event.head, m.Notify)
         if whole and decompressed_sha512 is not None:  # for a stream older peers sign the other
             exchange.covers = ({**exchange.covers[0], "sha512": decompressed_sha512},)
@@ -673,28 +687,38 @@ class Session:
         return frames
 
     def open_stream(self, payload: Payload) -> None:
-        """Begins a body; call `next_part` until the last one."""
+        """Begins a body; call `next_part` until the last one.
+
+        Raises:
+            LocalProtocolError: it cannot be sent, and nothing of it was; or it is not its turn.
+        """
         if misplaced := self._misplaced(self._START, receiving=False):
             raise LocalProtocolError(misplaced)
         if self._sending is not None:
             raise LocalProtocolError("the body before is not sent yet: call next_part")
         self._check_payload(payload)
+        if self._most_parts is not None and self._parts_of(payload) > self._most_parts:
+            raise LocalProtocolError(
+                f"an older subscriber cannot acknowledge more than {self._most_parts} signed parts,"
+                f" which {payload.length:,} bytes may take: raise frame_length"
+            )
         self._sending = _Sending(payload)
 
     def next_part(self, now: float) -> PartFrame:
         """The next frame of the body that was begun.
 
         Raises:
-            LocalProtocolError: there is no room, or the body has too many parts. When a body that
-                was begun cannot be ended, only closing the connection is left.
+            LocalProtocolError: there is no room; or the compressor is no longer enabled, which
+                shows before anything is sent, and `sending` is over.
         """
         s = self._sending
         if s is None:
             raise LocalProtocolError("no body was begun: call open_stream")
         self._reserve()
-        if self.limits.parts is not None and s.part_id >= self.limits.parts:
-            raise LocalProtocolError(f"more than {self.limits.parts} parts: raise frame_length")
         if s.part_id == 0:
+            self._sending = None
+            self._check_payload(s.payload)
+            self._sending = s
             message = self._made(self._START, now, {**s.payload.fields, "body": b""}, _NOTHING)
         else:
             fields = {"identifier": s.payload.identifier, "part_id": s.part_id, "body": b""}
@@ -719,12 +743,24 @@ class Session:
         head = len(payload.topic) + len(payload.identifier) + HEAD_ALLOWANCE
         return most is None or head + payload.length <= most
 
+    def _parts_of(self, payload: Payload) -> int:
+        """How many parts a body has at most."""
+        most = self.limits.frame_length
+        head = len(payload.identifier) + HEAD_ALLOWANCE
+        first = part_length(payload.length, most, head + len(payload.topic))
+        other = part_length(max(payload.length, SMALLEST_PART), most, head)
+        return 1 - (first - payload.length) // other
+
     def _body_sent(self, sent: _Sending) -> None:
         pass
 
     def _check_payload(self, payload: Payload) -> None:
-        if payload.compressor != UNCOMPRESSED and payload.compressor not in self.compressors:
+        if payload.compressor == UNCOMPRESSED:
+            return
+        if payload.compressor not in self.compressors:
             raise LocalProtocolError(f"compressor {payload.compressor} is not enabled")
+        if not payload.length or payload.decompressed_length is None:
+            raise LocalProtocolError("a compressed body has a length, and had one before")
 
     def _reserve(self) -> None:
         if self.room <= 0:
@@ -773,6 +809,8 @@ class Session:
         self, cls: type[m.Notify | m.StreamStart], payload: Payload, body: Buffer, now: float
     ) -> bytes:
         """A body in one frame."""
+        if len(body) != payload.length:
+            raise LocalProtocolError(f"{len(body):,} bytes of a body of {payload.length:,}")
         if payload.compressor != UNCOMPRESSED:
             self._check_payload(payload)
         self._reserve()
@@ -954,7 +992,8 @@ class BroadcasterSession(Session):
     Args:
         allow_zstd, allow_training: whether compressors may be enabled, if the subscriber agrees.
         counts_parts: whether the subscriber counts each part of a body as a message, or only the
-            start as older ones do. None: find out. Whoever sends x-tracing, or what else the older
+            start as older ones do; if those sign with hmac, a body may have 257 parts. None: find
+            out. Whoever sends x-tracing, or what else the older
             client never does, counts each. A third party's client that counts each and looks
             exactly like the older one cannot be told from it.
     """
@@ -1079,6 +1118,9 @@ class BroadcasterSession(Session):
         if self._zstd and wish > WITHOUT_DICTIONARY and wish not in self._presets:
             raise RemoteProtocolError(f"no preset dictionary has the id {wish}")
         self._subscriber_nonce = message.subscriber_nonce
+        authorization = message.authorization or ""
+        if not self._counts_parts and authorization.startswith("X-HMAC "):
+            self._most_parts = _OLDER_SIGNED_PARTS
         if message.tracing == COUNTS_PARTS:
             self._own_trace = b"%s%d" % (_WINDOW, self.limits.unanswered)
         self.phase = Phase.CONFIGURED
@@ -1098,7 +1140,7 @@ class BroadcasterSession(Session):
     ) -> str:
         url = super()._verify(message, now, covers)
         if self._counts_parts is None and _never_from_older_client(message):
-            self._counts_parts = True
+            self._counts_parts, self._most_parts = True, None
         return url
 
     def _on_answer(self, message: Message, now: float) -> Event:
