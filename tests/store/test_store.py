@@ -24,8 +24,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import postgres
 from lonelypsp.globs import glob_matches
 from lonelypss.store import Kind, MissedNotice, Store, Subscription
+from lonelypss.store.postgres import PostgresStore
 from lonelypss.store.sqlite import SqliteStore
 
 T = TypeVar("T")
@@ -45,9 +47,17 @@ class Factory:
     shared: bool = True
 
 
+def in_postgres(directory: Path) -> Store:
+    url = directory / "url"
+    if not url.exists():
+        url.write_text(postgres.shared().database())
+    return PostgresStore(url.read_text())
+
+
 FACTORIES = [
     Factory("sqlite-file", lambda directory: SqliteStore(str(directory / "store.db"))),
     Factory("sqlite-memory", lambda _: SqliteStore(None), shared=False),
+    Factory("postgres", in_postgres),
 ]
 
 

@@ -1,0 +1,486 @@
+"""A store in a PostgreSQL database, shared by any number of broadcasters.
+
+match:  topics that are asked for together -> one query -> exact rows and the glob version
+        -> the globs in memory, brought up to that version -> subscriptions
+
+Nothing is remembered from one question to the next, except the globs, whose version every answer
+tells (`GlobSet`); so what was answered at one broadcaster counts at every other. Questions that
+arrive while one is on its way share the next one.
+
+Every statement has a bound in time, here and in the server, so that a transaction of ours never
+stays behind. Nothing depends on which connection is used: no locks, settings or listeners outlive
+a transaction. Behind pgbouncer, which may mix up prepared statements in transaction mode, add
+`?statement_cache_size=0` to the url.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from lonelypss.store.base import (
+    Kind,
+    MissedNotice,
+    StoreCorrupt,
+    StoreUnavailable,
+    Subscription,
+    load_queries,
+)
+from lonelypss.store.globset import GlobChange, GlobSet
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    Connection: TypeAlias = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SQL = load_queries("postgres.sql")
+_MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in k for k in _SQL))]
+
+_ASKING = 2  # questions of `match` on their way at a time
+_AT_ONCE = 500  # topics in one of them
+_TRIES = 3
+_FORGET_PEER = 86_400.0
+_MIGRATION_LOCK = 0x6C6F6E656C79  # "lonely"
+_LONG = 60.0  # seconds for what may change a million rows
+
+
+class PostgresStore:
+    """See the module's text and `lonelypss.store.base.Store`.
+
+    Args:
+        url: postgresql://user:password@host:port/database?..., as libpq understands it.
+        pool_size: most connections of this process.
+        timeout: seconds for a call, waiting for a connection included; longer for what changes
+            many rows.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 10, timeout: float = 1.0) -> None:
+        self._url, self._options = _split(url)
+        self.name = _without_password(url)
+        self._pool_size = pool_size
+        self._timeout = timeout
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    async def open(self) -> None:
+        asyncpg = _asyncpg()
+        self._errors = _Errors(asyncpg, self.name)
+        self._globs = GlobSet(self._read_globs)
+        self._asked: dict[bytes, asyncio.Future[Sequence[Subscription]]] = {}
+        self._askers: set[asyncio.Task[None]] = set()
+        self._closed = False
+        milliseconds = str(int(_LONG * 1000))
+        with self._errors.at_start():
+            self._pool = await asyncpg.create_pool(
+                self._url,
+                min_size=1,
+                max_size=self._pool_size,
+                timeout=5.0,
+                reset=_nothing_to_reset,
+                server_settings={
+                    "application_name": "lonelypss",
+                    "statement_timeout": milliseconds,
+                    "lock_timeout": milliseconds,
+                    "idle_in_transaction_session_timeout": milliseconds,
+                },
+                **self._options,
+            )
+            try:
+                async with self._pool.acquire() as db:
+                    await self._migrate(db)
+                await self._globs.refresh()
+            except BaseException:
+                await self.close()
+                raise
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        while self._askers:
+            await asyncio.wait(self._askers)
+        await self._globs.close()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await pool.close()
+        except TimeoutError:
+            pool.terminate()
+
+    # Subscriptions
+
+    async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+        future = self._asked.get(topic)
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
+            self._asked[topic] = future
+            if len(self._askers) < _ASKING:
+                asker = asyncio.create_task(self._ask())
+                self._askers.add(asker)
+                asker.add_done_callback(self._askers.discard)
+        return await asyncio.shield(future)
+
+    def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:
+        return None
+
+    async def _ask(self) -> None:
+        """Answers until nobody asks."""
+        while self._asked:
+            batch = dict(list(self._asked.items())[:_AT_ONCE])
+            for topic in batch:
+                del self._asked[topic]
+            try:
+                found = await self._match(list(batch))
+            except Exception as e:  # noqa: BLE001 everyone who waits gets it
+                for future in batch.values():
+                    future.set_exception(e)
+                    future.exception()  # seen, even if nobody waits any more
+                continue
+            for future, subscriptions in zip(batch.values(), found, strict=True):
+                future.set_result(subscriptions)
+
+    async def _match(self, topics: list[bytes]) -> list[list[Subscription]]:
+        rows = await self._read("match", topics)
+        found: list[list[Subscription]] = [[] for _ in topics]
+        for n, _, id, url, recovery in rows:
+            if id is not None:
+                found[n - 1].append(_subscription(id, Kind.EXACT, topics[n - 1], url, recovery))
+        await self._globs.catch_up(max(row[1] for row in rows))
+        for topic, of_topic in zip(topics, found, strict=True):
+            of_topic += self._globs.match(topic)
+        return found
+
+    async def _read_globs(self, known: int) -> GlobChange:
+        first, *rows = await self._read("glob_changes", known, timeout=_LONG)
+        return GlobChange(
+            version=first["id"],
+            is_complete=first["recovery"] is not None,
+            rows=[(id, pattern, _text(url), _text(re)) for _, id, pattern, url, re in rows],
+        )
+
+    async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
+        if kind == Kind.GLOB:
+            pattern.decode()
+        row = (int(kind), pattern, url.encode(), _bytes(recovery))
+        return bool(await self._write(lambda db: db.fetch(_SQL["subscribe"], *row)))
+
+    async def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> bool:
+        row = (int(kind), pattern, url.encode())
+        return bool(await self._write(lambda db: db.fetch(_SQL["unsubscribe"], *row)))
+
+    async def subscriptions(self, url: str) -> list[Subscription]:
+        rows = await self._read("subscriptions", url.encode(), timeout=_LONG)
+        return [_subscription(*row) for row in rows]
+
+    async def set_subscriptions(
+        self,
+        url: str,
+        exact: Iterable[tuple[bytes, str | None]],
+        globs: Iterable[tuple[str, str | None]],
+    ) -> None:
+        # lists, because a generator could not be read again when the work is repeated
+        exact, globs = list(exact), list(globs)
+
+        async def work(db: Connection) -> None:
+            wanted = {(int(Kind.EXACT), topic): _bytes(recovery) for topic, recovery in exact}
+            wanted |= {(int(Kind.GLOB), glob.encode()): _bytes(r) for glob, r in globs}
+            async with db.transaction():
+                await db.execute(_SQL["lock_url"], url.encode())
+                surplus = {
+                    (kind, pattern): (id, recovery)
+                    for id, kind, pattern, _, recovery in await db.fetch(
+                        _SQL["subscriptions"], url.encode()
+                    )
+                }
+                added, changed = [], []
+                for key, recovery in wanted.items():
+                    before = surplus.pop(key, None)
+                    if before is None:
+                        added.append((*key, recovery))
+                    elif before[1] != recovery:
+                        changed.append((before[0], recovery))
+                if any(kind == Kind.GLOB for kind, *_ in (*added, *surplus)):
+                    await db.execute(_SQL["lock_globs"])
+                if surplus:
+                    await db.execute(_SQL["drop"], sorted(id for id, _ in surplus.values()))
+                if changed:
+                    await db.execute(_SQL["change_recovery"], *_columns(sorted(changed), 2))
+                if added:
+                    await db.execute(_SQL["add_many"], url.encode(), *_columns(sorted(added), 3))
+
+        await self._write(work, timeout=_LONG)
+
+    async def drop(self, subscriptions: Sequence[Subscription]) -> None:
+        if not subscriptions:
+            return
+        ids = sorted(s.id for s in subscriptions)
+        any_glob = any(s.kind == Kind.GLOB for s in subscriptions)
+
+        async def work(db: Connection) -> None:
+            async with db.transaction():
+                if any_glob:
+                    await db.execute(_SQL["lock_globs"])
+                await db.execute(_SQL["drop"], ids)
+
+        await self._write(work, timeout=_LONG)
+
+    # Missed notices
+
+    async def record_missed(self, items: Sequence[tuple[Subscription, bytes]], due: float) -> None:
+        await self._write_missed("record_missed", items, due)
+
+    async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
+        await self._write_missed("clear_missed", items)
+
+    async def _write_missed(
+        self, query: str, items: Sequence[tuple[Subscription, bytes]], *more: float
+    ) -> None:
+        rows = sorted({(subscription.id, topic) for subscription, topic in items})
+        if rows:
+            columns = _columns(rows, 2)
+            await self._write(lambda db: db.execute(_SQL[query], *columns, *more), timeout=_LONG)
+
+    async def claim_missed(self, now: float, limit: int, lease: float) -> list[MissedNotice]:
+        times = (now + lease, now, limit)
+        rows = await self._write(lambda db: db.fetch(_SQL["claim_missed"], *times))
+        return [
+            MissedNotice(id, generation, subscription, recovery.decode(), topic, attempts)
+            for _, id, generation, subscription, recovery, topic, attempts in sorted(rows)
+        ]
+
+    async def finish_missed(self, notice: MissedNotice, now: float) -> None:
+        row = (notice.id, notice.generation, now)
+        await self._write(lambda db: db.execute(_SQL["finish_missed"], *row))
+
+    async def retry_missed(self, notice: MissedNotice, due: float) -> None:
+        row = (notice.id, notice.generation, due)
+        await self._write(lambda db: db.execute(_SQL["retry_missed"], *row))
+
+    async def next_due(self) -> float | None:
+        rows = await self._read("next_due")
+        return rows[0][0] if rows else None
+
+    # Other broadcasters
+
+    async def renew_peer(self, url: str, until: float, now: float) -> bool:
+        row = (url.encode(), until, now)
+        return bool(await self._write(lambda db: db.fetchval(_SQL["renew_peer"], *row)))
+
+    async def remove_peer(self, url: str) -> None:
+        async def work(db: Connection) -> None:
+            async with db.transaction():
+                await db.execute(_SQL["lock_globs"])
+                await db.execute(_SQL["drop_of_url"], url.encode())
+                await db.execute(_SQL["remove_peer"], url.encode())
+
+        await self._write(work, timeout=_LONG)
+
+    async def drop_dead_peers(self, now: float) -> list[str]:
+        if not await self._read("dead_peers", now):
+            return []
+
+        async def work(db: Connection) -> list[str]:
+            async with db.transaction():
+                await db.execute(_SQL["lock_globs"])
+                rows = await db.fetch(_SQL["drop_of_dead_peers"], now)
+                await db.execute(_SQL["forget_dead_peers"], now - _FORGET_PEER)
+            return sorted({url.decode() for (url,) in rows})
+
+        return await self._write(work, timeout=_LONG)
+
+    async def counts(self) -> dict[str, int]:
+        (row,) = await self._read("counts", timeout=_LONG)
+        return dict(row)
+
+    # Work on the database
+
+    async def _read(
+        self, query: str, *arguments: Any, timeout: float | None = None
+    ) -> list[asyncpg.Record]:
+        """Asks again on another connection if the first is lost: reading changes nothing."""
+
+        async def work(db: Connection) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await db.fetch(_SQL[query], *arguments)
+            return rows
+
+        for left in reversed(range(_TRIES)):
+            try:
+                return await self._call(work, timeout)
+            except StoreUnavailable as e:
+                if not left or not self._errors.is_lost(e.__cause__):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _write(
+        self, work: Callable[[Connection], Awaitable[T]], *, timeout: float | None = None
+    ) -> T:
+        """Does it again if others were in its way. Not if the connection was lost: nobody knows
+        whether it was done."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return await self._call(work, timeout)
+            except StoreUnavailable as e:
+                if not left or not self._errors.is_conflict(e.__cause__):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _call(self, work: Callable[[Connection], Awaitable[T]], timeout: float | None) -> T:
+        pool = self._pool
+        if pool is None:
+            raise StoreUnavailable("the store is closed")
+        try:
+            async with asyncio.timeout(timeout or self._timeout):
+                async with pool.acquire(timeout=self._timeout) as db:
+                    return await work(db)
+        except Exception as e:
+            raise self._errors.explained(e) from e
+
+    async def _migrate(self, db: Connection) -> None:
+        async with db.transaction():
+            # whoever starts at the same time waits here; the lock ends with the transaction
+            await db.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
+            version = 0
+            if await db.fetchval(_SQL["schema"]):
+                version = await db.fetchval(_SQL["schema_version"])
+            if version > len(_MIGRATIONS):
+                raise StoreCorrupt(
+                    f"{self.name} has schema version {version}, this lonelypss knows"
+                    f" {len(_MIGRATIONS)}: run a newer lonelypss"
+                )
+            for migration in _MIGRATIONS[version:]:
+                await db.execute(migration)
+            if version < len(_MIGRATIONS):
+                await db.execute(_SQL["set_schema_version"], len(_MIGRATIONS))
+
+
+def _subscription(
+    id: int, kind: int, pattern: bytes, url: bytes, recovery: bytes | None
+) -> Subscription:
+    return Subscription(id, Kind(kind), pattern, url.decode(), _text(recovery))
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode()
+
+
+def _bytes(value: str | None) -> bytes | None:
+    return None if value is None else value.encode()
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [[row[n] for row in rows] for n in range(width)]
+
+
+async def _nothing_to_reset(db: Any) -> None:
+    """asyncpg would ask the server to reset the connection after each use, which is one more round
+    trip; nothing of ours outlives a transaction."""
+
+
+# Urls
+
+
+def _split(url: str) -> tuple[str, dict[str, Any]]:
+    """The url for asyncpg, and what it takes as an argument instead."""
+    parts = urlsplit(url)
+    query, options = [], {}
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name == "statement_cache_size" and value.isdigit():
+            options[name] = int(value)
+        else:
+            query.append((name, value))
+    return urlunsplit(parts._replace(query=urlencode(query))), options
+
+
+def _without_password(url: str) -> str:
+    """For messages and logs."""
+    url = re.sub(r"(password|sslpassword)=[^&#]*", r"\1=...", url)
+    return re.sub(r"^([a-z]+://[^:@/?#]*):[^@]*@", r"\1:...@", url)
+
+
+# Errors
+
+
+def _asyncpg() -> Any:
+    try:
+        import asyncpg
+    except ImportError as e:
+        raise StoreUnavailable(f"{e}: PostgreSQL needs pip install 'lonelypsc[postgres]'") from None
+    return asyncpg
+
+
+_LOST = {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"}
+_CONFLICTS = {"40001", "40P01"}
+_REASONS = {
+    **dict.fromkeys(_LOST, "cannot be reached: is the server up, and is --db right?"),
+    **dict.fromkeys(_CONFLICTS, "was changed by others at the same time"),
+    "25006": "is read-only: is --db the primary server?",
+    "28000": "does not let this user in: check user and password in --db, and pg_hba.conf",
+    "28P01": "does not take this password: check --db",
+    "3D000": "does not exist: create it, or check the name in --db",
+    "42501": "does not let this user make or change tables: GRANT it CREATE on the schema",
+    "53100": "cannot grow: free space on its disk",
+    "53200": "found no memory left",
+    "53300": "takes no more connections: raise max_connections there, or lower db_pool_size",
+    "55P03": "is locked by another transaction",
+    "57014": "took too long",
+}
+_DAMAGED = {
+    "42P01": "has lost tables",
+    "XX001": "is damaged",
+    "XX002": "is damaged",
+}
+
+
+class _Errors:
+    """What errors of asyncpg mean."""
+
+    def __init__(self, asyncpg: Any, name: str) -> None:
+        self._broken: tuple[type[Exception], ...] = (asyncpg.InterfaceError,)
+        self._ours: tuple[type[Exception], ...] = (asyncpg.DataError,)
+        self._name = name
+
+    def explained(self, error: Exception) -> Exception:
+        """What to raise for `error`: itself where it is a bug of ours."""
+        code = _code(error)
+        if reason := _DAMAGED.get(code):
+            return StoreCorrupt(f"{self._name} {reason} ({error}). Restore it from a backup.")
+        if reason := _REASONS.get(code):
+            return StoreUnavailable(f"{self._name} {reason} ({error})")
+        if isinstance(error, TimeoutError):
+            return StoreUnavailable(f"{self._name} did not answer in time")
+        if self.is_lost(error):
+            return StoreUnavailable(f"{self._name} {_REASONS['08000']} ({error})")
+        return error
+
+    def is_lost(self, error: BaseException | None) -> bool:
+        """Whether the connection is gone, and another one may work."""
+        if isinstance(error, TimeoutError | self._ours):
+            return False
+        return isinstance(error, (OSError, *self._broken)) or _code(error) in _LOST
+
+    def is_conflict(self, error: BaseException | None) -> bool:
+        """Whether the server took back what was done, because of what others did."""
+        return _code(error) in _CONFLICTS
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            explained = self.explained(e)
+            if explained is e:
+                raise
+            raise explained from e
+
+
+def _code(error: object) -> str:
+    """The SQLSTATE, or nothing."""
+    return getattr(error, "sqlstate", None) or ""

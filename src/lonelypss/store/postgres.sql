@@ -1,0 +1,231 @@
+-- Everything that postgres.py says to the database. Migrations run once, in the order of their
+-- numbers, and are never edited after a release.
+
+-- name: migration_1
+CREATE TABLE lonelyps_meta (key text PRIMARY KEY, value bigint NOT NULL);
+INSERT INTO lonelyps_meta VALUES ('schema', 0), ('glob_version', 0), ('glob_history', 10000);
+
+-- Urls are bytes, too: text cannot hold everything that is legal in them. Patterns and urls may be
+-- longer than an index row, so that their hashes are indexed.
+CREATE TABLE lonelyps_subscriptions (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    kind smallint NOT NULL CHECK (kind IN (0, 1)),
+    pattern bytea NOT NULL,
+    url bytea NOT NULL,
+    recovery bytea,
+    -- of a glob: the glob version that its last change made
+    version bigint NOT NULL DEFAULT 0
+);
+CREATE UNIQUE INDEX lonelyps_subscriptions_key
+ON lonelyps_subscriptions (sha256(pattern), sha256(url), kind);
+CREATE INDEX lonelyps_subscriptions_of_url ON lonelyps_subscriptions (sha256(url));
+CREATE INDEX lonelyps_globs_by_version ON lonelyps_subscriptions (version) WHERE kind = 1;
+
+-- Deleted globs of the newest `glob_history` versions.
+CREATE TABLE lonelyps_dropped_globs (
+    version bigint, subscription_id bigint, PRIMARY KEY (version, subscription_id)
+);
+
+-- Each transaction that changes globs makes one new version. Whoever makes one holds the row of the
+-- counter until the commit, so that versions become visible in their order: who has seen a version
+-- has seen all before it. The triggers see to it, so that whoever edits the table, with psql too,
+-- cannot leave a broadcaster with an old index.
+CREATE FUNCTION lonelyps_next_glob_version() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    made bigint := nullif(current_setting('lonelyps.glob_version', true), '')::bigint;
+BEGIN
+    IF made IS NULL THEN
+        UPDATE lonelyps_meta SET value = value + 1 WHERE key = 'glob_version'
+        RETURNING value INTO made;
+        PERFORM set_config('lonelyps.glob_version', made::text, true);
+        DELETE FROM lonelyps_dropped_globs WHERE version <= made
+            - (SELECT value FROM lonelyps_meta WHERE key = 'glob_history');
+    END IF;
+    RETURN made;
+END $$;
+CREATE FUNCTION lonelyps_glob_changes() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        INSERT INTO lonelyps_dropped_globs VALUES (lonelyps_next_glob_version(), OLD.id);
+        RETURN OLD;
+    END IF;
+    NEW.version := lonelyps_next_glob_version();
+    RETURN NEW;
+END $$;
+CREATE TRIGGER lonelyps_glob_added BEFORE INSERT ON lonelyps_subscriptions
+FOR EACH ROW WHEN (NEW.kind = 1) EXECUTE FUNCTION lonelyps_glob_changes();
+CREATE TRIGGER lonelyps_glob_changed BEFORE UPDATE OF pattern, url, recovery
+ON lonelyps_subscriptions
+FOR EACH ROW WHEN (NEW.kind = 1) EXECUTE FUNCTION lonelyps_glob_changes();
+CREATE TRIGGER lonelyps_glob_dropped BEFORE DELETE ON lonelyps_subscriptions
+FOR EACH ROW WHEN (OLD.kind = 1) EXECUTE FUNCTION lonelyps_glob_changes();
+
+CREATE TABLE lonelyps_missed (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    subscription_id bigint NOT NULL REFERENCES lonelyps_subscriptions ON DELETE CASCADE,
+    topic bytea NOT NULL,
+    attempts integer NOT NULL DEFAULT 0,
+    due float8 NOT NULL,
+    lease_until float8 NOT NULL DEFAULT 0,
+    generation bigint NOT NULL DEFAULT 1
+);
+CREATE UNIQUE INDEX lonelyps_missed_key ON lonelyps_missed (subscription_id, sha256(topic));
+CREATE INDEX lonelyps_missed_by_time ON lonelyps_missed (greatest(due, lease_until), due);
+CREATE FUNCTION lonelyps_recovery_removed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM lonelyps_missed WHERE subscription_id = NEW.id;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER lonelyps_recovery_removed AFTER UPDATE OF recovery ON lonelyps_subscriptions
+FOR EACH ROW WHEN (NEW.recovery IS NULL) EXECUTE FUNCTION lonelyps_recovery_removed();
+
+CREATE TABLE lonelyps_peers (url bytea PRIMARY KEY, alive_until float8 NOT NULL);
+
+-- name: schema
+SELECT to_regclass('lonelyps_meta') IS NOT NULL;
+
+-- name: schema_version
+SELECT value FROM lonelyps_meta WHERE key = 'schema';
+
+-- name: set_schema_version
+UPDATE lonelyps_meta SET value = $1 WHERE key = 'schema';
+
+-- name: match
+-- One statement is one snapshot: the glob version is that of the moment of the exact rows. It
+-- stands in every row, and there is at least one for each topic asked about.
+SELECT asked.n, meta.value, s.id, s.url, s.recovery
+FROM unnest($1::bytea[]) WITH ORDINALITY AS asked (topic, n)
+JOIN lonelyps_meta AS meta ON meta.key = 'glob_version'
+LEFT JOIN lonelyps_subscriptions AS s
+    ON s.kind = 0 AND sha256(s.pattern) = sha256(asked.topic) AND s.pattern = asked.topic;
+
+-- name: glob_changes
+-- What has changed since version $1, or, where that is too long ago, all globs. The first row tells
+-- the version, and whether it is all.
+WITH now AS (
+    SELECT v.value AS version, $1 < v.value - h.value OR $1 > v.value OR $1 < 0 AS is_complete
+    FROM lonelyps_meta AS v, lonelyps_meta AS h
+    WHERE v.key = 'glob_version' AND h.key = 'glob_history'
+)
+SELECT 0 AS place, version AS id, NULL::bytea AS pattern, NULL::bytea AS url,
+    CASE WHEN is_complete THEN ''::bytea END AS recovery FROM now
+UNION ALL
+SELECT 1, d.subscription_id, NULL, NULL, NULL FROM lonelyps_dropped_globs AS d, now
+WHERE NOT is_complete AND d.version > $1
+UNION ALL
+SELECT 1, s.id, s.pattern, s.url, s.recovery FROM lonelyps_subscriptions AS s
+WHERE kind = 1 AND s.version > CASE WHEN (SELECT is_complete FROM now) THEN -1 ELSE $1 END
+ORDER BY place;
+
+-- name: subscribe
+-- looks first: an insert that is not done would all the same make a new version of the globs
+INSERT INTO lonelyps_subscriptions (kind, pattern, url, recovery)
+SELECT $1::smallint, $2::bytea, $3::bytea, $4::bytea
+WHERE NOT EXISTS (
+    SELECT FROM lonelyps_subscriptions
+    WHERE kind = $1 AND sha256(pattern) = sha256($2) AND sha256(url) = sha256($3)
+)
+ON CONFLICT DO NOTHING RETURNING id;
+
+-- name: unsubscribe
+DELETE FROM lonelyps_subscriptions
+WHERE kind = $1 AND sha256(pattern) = sha256($2) AND pattern = $2
+AND sha256(url) = sha256($3) AND url = $3
+RETURNING id;
+
+-- name: subscriptions
+SELECT id, kind, pattern, url, recovery FROM lonelyps_subscriptions
+WHERE sha256(url) = sha256($1) AND url = $1 ORDER BY kind, pattern;
+
+-- name: lock_url
+-- whoever sets the subscriptions of one url waits for the others
+SELECT pg_advisory_xact_lock(hashtextextended(encode(sha256($1), 'hex'), 7));
+
+-- name: lock_globs
+-- before any row, so that two who change globs cannot wait for each other
+SELECT value FROM lonelyps_meta WHERE key = 'glob_version' FOR UPDATE;
+
+-- name: add_many
+INSERT INTO lonelyps_subscriptions (kind, pattern, url, recovery)
+SELECT a.kind, a.pattern, $1, a.recovery
+FROM unnest($2::smallint[], $3::bytea[], $4::bytea[]) AS a (kind, pattern, recovery)
+ON CONFLICT (sha256(pattern), sha256(url), kind) DO UPDATE SET recovery = excluded.recovery;
+
+-- name: change_recovery
+UPDATE lonelyps_subscriptions AS s SET recovery = c.recovery
+FROM unnest($1::bigint[], $2::bytea[]) AS c (id, recovery) WHERE s.id = c.id;
+
+-- name: drop
+DELETE FROM lonelyps_subscriptions WHERE id = ANY ($1::bigint[]);
+
+-- name: record_missed
+INSERT INTO lonelyps_missed (subscription_id, topic, due)
+SELECT s.id, m.topic, $3
+FROM unnest($1::bigint[], $2::bytea[]) AS m (id, topic)
+JOIN lonelyps_subscriptions AS s ON s.id = m.id AND s.recovery IS NOT NULL
+ORDER BY s.id, m.topic
+FOR KEY SHARE OF s
+ON CONFLICT (subscription_id, sha256(topic)) DO UPDATE
+SET generation = lonelyps_missed.generation + 1,
+    due = least(lonelyps_missed.due, excluded.due);
+
+-- name: clear_missed
+DELETE FROM lonelyps_missed AS m
+USING unnest($1::bigint[], $2::bytea[]) AS c (id, topic)
+WHERE m.subscription_id = c.id AND sha256(m.topic) = sha256(c.topic) AND m.topic = c.topic
+AND generation = 1 AND attempts = 0 AND lease_until = 0;
+
+-- name: claim_missed
+WITH due AS (
+    SELECT id FROM lonelyps_missed WHERE greatest(due, lease_until) <= $2
+    ORDER BY greatest(due, lease_until), due LIMIT $3 FOR UPDATE SKIP LOCKED
+)
+UPDATE lonelyps_missed AS m SET lease_until = $1
+FROM due, lonelyps_subscriptions AS s
+WHERE m.id = due.id AND s.id = m.subscription_id
+RETURNING m.due, m.id, m.generation, m.subscription_id, s.recovery, m.topic, m.attempts;
+
+-- name: finish_missed
+WITH gone AS (DELETE FROM lonelyps_missed WHERE id = $1 AND generation = $2 RETURNING id)
+UPDATE lonelyps_missed SET attempts = 0, due = $3, lease_until = 0
+WHERE id = $1 AND generation <> $2 AND NOT EXISTS (SELECT FROM gone);
+
+-- name: retry_missed
+UPDATE lonelyps_missed SET attempts = CASE generation WHEN $2 THEN attempts + 1 ELSE 0 END,
+    due = $3, lease_until = 0
+WHERE id = $1;
+
+-- name: next_due
+SELECT greatest(due, lease_until) FROM lonelyps_missed ORDER BY greatest(due, lease_until) LIMIT 1;
+
+-- name: renew_peer
+WITH before AS (SELECT alive_until FROM lonelyps_peers WHERE url = $1),
+made AS (
+    INSERT INTO lonelyps_peers (url, alive_until) VALUES ($1, $2)
+    ON CONFLICT (url) DO UPDATE SET alive_until = excluded.alive_until
+)
+SELECT EXISTS (SELECT FROM before WHERE alive_until > $3);
+
+-- name: drop_of_url
+DELETE FROM lonelyps_subscriptions WHERE sha256(url) = sha256($1) AND url = $1;
+
+-- name: remove_peer
+DELETE FROM lonelyps_peers WHERE url = $1;
+
+-- name: dead_peers
+SELECT url FROM lonelyps_peers WHERE alive_until <= $1 LIMIT 1;
+
+-- name: drop_of_dead_peers
+DELETE FROM lonelyps_subscriptions WHERE id IN (
+    SELECT s.id FROM lonelyps_peers AS p
+    JOIN lonelyps_subscriptions AS s ON sha256(s.url) = sha256(p.url) AND s.url = p.url
+    WHERE p.alive_until <= $1
+) RETURNING url;
+
+-- name: forget_dead_peers
+DELETE FROM lonelyps_peers WHERE alive_until <= $1;
+
+-- name: counts
+SELECT (SELECT count(*) FROM lonelyps_subscriptions WHERE kind = 0) AS exact,
+    (SELECT count(*) FROM lonelyps_subscriptions WHERE kind = 1) AS glob,
+    (SELECT count(*) FROM lonelyps_missed) AS missed;
