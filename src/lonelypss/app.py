@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from lonelypss.config import BroadcasterConfig, database_path
+from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import Fanout
 from lonelypss.intake import Intake
 from lonelypss.missed import MissedNotices
@@ -19,7 +19,7 @@ from lonelypss.peers import Peers, Registry
 from lonelypss.routes import ASGIApp, Receive, Routes, Scope, Send, respond
 from lonelypss.sender import Sender
 from lonelypss.store.base import Store
-from lonelypss.store.sqlite import SqliteStore
+from lonelypss.store.choose import make_store
 from lonelypss.websocket import Connection, Websockets
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Broadcaster:
 
     def __init__(self, config: BroadcasterConfig, store: Store | None = None) -> None:
         self.config = config
-        self.store = SqliteStore(database_path(config.db)) if store is None else store
+        self.store = make_store(config) if store is None else store
         self.sender = Sender(config)
         self.missed = MissedNotices(config, self.store, self.sender)
         self.intake = Intake(config)

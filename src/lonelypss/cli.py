@@ -6,7 +6,6 @@ import asyncio
 import errno
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,10 @@ except ImportError as e:
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss import config as configuration
 from lonelypss import setup_files
-from lonelypss.config import ConfigError, Loaded, Option, database_path, options
+from lonelypss.config import ConfigError, Database, Loaded, Option, options, without_password
 from lonelypss.secrets import SECRETS_FILE, load_auth
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
-from lonelypss.store.sqlite import SqliteStore
+from lonelypss.store.choose import make_store
 
 DEFAULT_PORT = 3003
 _KINDS = click.Choice(["hmac", "token", "none"])
@@ -289,11 +288,11 @@ def serve(
     from lonelypss import server
 
     settings = server.Settings(loaded.config, secrets, grace, log_level)
-    in_memory = database_path(loaded.config.db) is None
+    in_memory = not Database.at(loaded.config.db).is_shared
     if in_memory and workers > 1:
         raise ConfigError(
             f"db: {loaded.config.db} is a database inside one process; --workers {workers} needs"
-            " one in a file, e.g. --db sqlite:///lonelypss.db"
+            " one that they can share, e.g. --db sqlite:///lonelypss.db"
         )
     peer_url = loaded.config.peer_url
     if peer_url is not None and "{port}" not in peer_url and workers > 1:
@@ -331,7 +330,7 @@ def _bind_error(host: str, port: int, error: OSError) -> str:
 
 async def _check_database(loaded: Loaded) -> None:
     """One clear error now instead of one from every worker."""
-    store = _store(loaded)
+    store = make_store(loaded.config)
     try:
         await store.open()
     finally:
@@ -384,8 +383,7 @@ def check_config(loaded: Loaded, secrets: str | None, as_json: bool) -> None:
 
 
 def _masked(value: Any) -> Any:
-    """A url without its password."""
-    return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
+    return without_password(value) if isinstance(value, str) else value
 
 
 # subs
@@ -481,10 +479,6 @@ def _row(subscription: Subscription) -> dict[str, Any]:
     }
 
 
-def _store(loaded: Loaded) -> SqliteStore:
-    return SqliteStore(database_path(loaded.config.db))
-
-
 def _with_store(db: str | None, config: str | None, work: Callable[[Store], Any]) -> Any:
     async def run(store: Store) -> Any:
         try:
@@ -498,10 +492,11 @@ def _with_store(db: str | None, config: str | None, work: Callable[[Store], Any]
         file = None if config is None else Path(config)
         nothing = AuthConfig(Nothing(), Nothing())
         loaded = configuration.load(flags, os.environ, file, nothing)
-        path = database_path(loaded.config.db)
-        if path is None or not os.path.exists(path):
-            raise ConfigError(f"db: there is no database at {loaded.config.db}; see --db")
-        return asyncio.run(run(_store(loaded)))
+        database = Database.at(loaded.config.db)
+        there = database.path is None or os.path.exists(database.path)
+        if not database.is_shared or not there:
+            raise ConfigError(f"db: there is no database at {database.path}; see --db")
+        return asyncio.run(run(make_store(loaded.config)))
 
 
 def _print(value: Any, as_json: bool, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -46,8 +46,19 @@ class BroadcasterConfig:
     db: str = _option(
         "sqlite:///lonelypss.db",
         "url",
-        "Where subscriptions are kept: sqlite:///relative.db, sqlite:////absolute.db, or sqlite://"
-        " (in memory, gone at exit).",
+        "Where subscriptions are kept: sqlite:///relative.db, sqlite:////absolute.db, sqlite://"
+        " (in memory, gone at exit), or postgresql://user:password@host/database, which any number"
+        " of broadcasters can share.",
+    )
+    db_pool_size: int = _option(
+        10, "connections", "Most connections of one process to PostgreSQL.", least=1
+    )
+    db_timeout: float = _option(
+        1.0,
+        "seconds",
+        "In which PostgreSQL must answer; after that 503 with Retry-After. What changes many rows"
+        " gets longer.",
+        least=0.01,
     )
     message_body_spool_size: int = _option(
         10 * MIB,
@@ -335,7 +346,7 @@ class Option:
             none = ", or none" if self._optional else ""
             raise ConfigError(f"{self.name} is {value}, must be at least {self.least:g}{none}")
         if self.name == "db":
-            database_path(value)
+            Database.at(value)
         if self.name == "peer_url":
             _check_peer_url(value)
 
@@ -442,16 +453,35 @@ def _check_peer_url(url: str) -> None:
         )
 
 
-def database_path(url: str) -> str | None:
-    """The file behind an sqlite url; None for a database in memory.
+def without_password(url: str) -> str:
+    """A url for messages and logs."""
+    url = re.sub(r"(password)=[^&#]*", r"\1=***", url)
+    return re.sub(r"(://[^:@]*):.*@", r"\1:***@", url)
 
-    Raises:
-        ConfigError: it is no url of a database that this version can use.
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """What a db url names.
+
+    Attributes:
+        path: the file of SQLite; None: there is none.
+        is_shared: whether other processes can use it; False: it is in memory.
     """
-    if url in ("sqlite://", "sqlite:///:memory:"):
-        return None
-    if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
-        return url.removeprefix("sqlite:///")
-    raise ConfigError(
-        f"db: {url!r} is none of sqlite:///relative.db, sqlite:////absolute.db, sqlite://"
-    )
+
+    path: str | None
+    is_shared: bool
+
+    @classmethod
+    def at(cls, url: str) -> Database:
+        """Raises ConfigError: it is no url of a database that this version can use."""
+        if url in ("sqlite://", "sqlite:///:memory:"):
+            return cls(None, is_shared=False)
+        if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
+            return cls(url.removeprefix("sqlite:///"), is_shared=True)
+        if url.startswith(("postgresql://", "postgres://")):
+            return cls(None, is_shared=True)
+        raise ConfigError(
+            f"db: {without_password(url)!r} is none of sqlite:///relative.db,"
+            " sqlite:////absolute.db, sqlite://,"
+            " postgresql://user:password@host/database"
+        )

@@ -31,7 +31,7 @@ from lonelypsp.errors import AuthResult
 from lonelypsp.interests import Interests, Topics
 from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, decode, encode
-from lonelypss.config import BroadcasterConfig, ConfigError, database_path
+from lonelypss.config import BroadcasterConfig, ConfigError, Database
 from lonelypss.intake import Intake, fill
 from lonelypss.routes import (
     _AUTH_TEXTS,
@@ -361,7 +361,7 @@ class Peers:
     # its life
 
     async def __aenter__(self) -> Peers:
-        if database_path(self.config.db) is None:
+        if not Database.at(self.config.db).is_shared:
             return self
         async with AsyncExitStack() as starting:
             port = 0

@@ -12,15 +12,16 @@ from lonelypsp import secretsfile
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.replay import Remembers, ReplayGuard, SqliteReplayGuard
 from lonelypsp.signing import AuthConfig
-from lonelypss.config import ConfigError, database_path
+from lonelypss.config import ConfigError, Database
 
 SECRETS_FILE = "broadcaster-secrets.json"
 
 
 def replay_path(db: str) -> str | None:
-    """The file beside the database `db` that remembers accepted values; None: in memory."""
-    path = database_path(db)
-    return None if path is None else f"{path}.replay"
+    """The file that remembers accepted values, beside the database or, with PostgreSQL, in the
+    current directory; None: in memory."""
+    database = Database.at(db)
+    return f"{database.path or 'lonelypss'}.replay" if database.is_shared else None
 
 
 def load_auth(

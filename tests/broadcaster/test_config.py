@@ -12,11 +12,12 @@ from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.config import (
     BroadcasterConfig,
     ConfigError,
+    Database,
     Option,
     UnsubscribeImmediate,
-    database_path,
     load,
     options,
+    without_password,
 )
 
 AUTH = AuthConfig(Nothing(), Nothing())
@@ -195,11 +196,39 @@ def test_every_option_is_described(row: Option) -> None:
     assert row.unit or row.name in ("missed_expo_base", "missed_expo_max")
 
 
-def test_database_path() -> None:
-    assert database_path("sqlite://") is None
-    assert database_path("sqlite:///:memory:") is None
-    assert database_path("sqlite:///a.db") == "a.db"
-    assert database_path("sqlite:////a/b.db") == "/a/b.db"
+@pytest.mark.parametrize(
+    ("url", "path", "is_shared"),
+    [
+        ("sqlite://", None, False),
+        ("sqlite:///:memory:", None, False),
+        ("sqlite:///a.db", "a.db", True),
+        ("sqlite:////a/b.db", "/a/b.db", True),
+        ("postgresql://u:p@h/d", None, True),
+        ("postgres://h", None, True),
+    ],
+)
+def test_databases(url: str, path: str | None, is_shared: bool) -> None:
+    assert Database.at(url) == Database(path, is_shared)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:p@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://u:p/@:x@h:1/d", "postgresql://u:***@h:1/d"),
+        ("postgresql://u@h/d?password=p&x=y", "postgresql://u@h/d?password=***&x=y"),
+        ("postgresql://h/d?user=u&sslpassword=p", "postgresql://h/d?user=u&sslpassword=***"),
+        ("http://10.0.0.7:{port}", "http://10.0.0.7:{port}"),
+        ("sqlite:///a:b@c.db", "sqlite:///a:***@c.db"),
+    ],
+)
+def test_without_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+def test_what_is_no_database_is_told_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"db: 'mysql://u:\*\*\*@h' is none of sqlite:///"):
+        Database.at("mysql://u:p@h")
 
 
 def test_missed_delay() -> None:

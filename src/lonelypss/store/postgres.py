@@ -18,12 +18,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from lonelypss.config import without_password
 from lonelypss.store.base import (
     Kind,
     MissedNotice,
@@ -66,7 +66,7 @@ class PostgresStore:
 
     def __init__(self, url: str, *, pool_size: int = 10, timeout: float = 1.0) -> None:
         self._url, self._options = _split(url)
-        self.name = _without_password(url)
+        self.name = without_password(url)
         self._pool_size = pool_size
         self._timeout = timeout
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -397,12 +397,6 @@ def _split(url: str) -> tuple[str, dict[str, Any]]:
         else:
             query.append((name, value))
     return urlunsplit(parts._replace(query=urlencode(query))), options
-
-
-def _without_password(url: str) -> str:
-    """For messages and logs."""
-    url = re.sub(r"(password|sslpassword)=[^&#]*", r"\1=...", url)
-    return re.sub(r"^([a-z]+://[^:@/?#]*):[^@]*@", r"\1:...@", url)
 
 
 # Errors
