@@ -77,7 +77,6 @@ class PostgresStore:
         self._globs = GlobSet(self._read_globs)
         self._asked: dict[bytes, asyncio.Future[Sequence[Subscription]]] = {}
         self._askers: set[asyncio.Task[None]] = set()
-        self._closed = False
         milliseconds = str(int(_LONG * 1000))
         with self._errors.at_start():
             self._pool = await asyncpg.create_pool(
@@ -437,8 +436,8 @@ class _Errors:
     """What errors of asyncpg mean."""
 
     def __init__(self, asyncpg: Any, name: str) -> None:
-        self._broken: tuple[type[Exception], ...] = (asyncpg.InterfaceError,)
-        self._ours: tuple[type[Exception], ...] = (asyncpg.DataError,)
+        self._broken = (OSError, asyncpg.InterfaceError)
+        self._others = (TimeoutError, asyncpg.DataError)  # which are among those
         self._name = name
 
     def explained(self, error: Exception) -> Exception:
@@ -456,9 +455,9 @@ class _Errors:
 
     def is_lost(self, error: BaseException | None) -> bool:
         """Whether the connection is gone, and another one may work."""
-        if isinstance(error, TimeoutError | self._ours):
+        if isinstance(error, self._others):
             return False
-        return isinstance(error, (OSError, *self._broken)) or _code(error) in _LOST
+        return isinstance(error, self._broken) or _code(error) in _LOST
 
     def is_conflict(self, error: BaseException | None) -> bool:
         """Whether the server took back what was done, because of what others did."""

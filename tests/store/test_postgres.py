@@ -1,0 +1,300 @@
+"""What only a server can do to its stores: go away, come back, refuse, be changed by others."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+import postgres
+from lonelypss.store import Kind, Store, StoreCorrupt, StoreUnavailable
+from lonelypss.store.postgres import PostgresStore
+from postgres import Postgres
+from programs import free_port
+
+A = "http://a/receive"
+DEADLINE = 30.0
+
+
+@pytest.fixture
+def url() -> str:
+    return postgres.shared().database()
+
+
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    """One of its own, to be stopped."""
+    with postgres.server() as server:
+        yield server
+
+
+@asynccontextmanager
+async def opened(url: str, number: int = 1) -> AsyncIterator[list[PostgresStore]]:
+    stores = [PostgresStore(url) for _ in range(number)]
+    try:
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(*(store.open() for store in stores))
+        yield stores
+    finally:
+        for store in stores:
+            await store.close()
+
+
+async def available(store: Store) -> list[str]:
+    """What is subscribed to "t", as soon as the database answers again."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            try:
+                return [s.url for s in await store.match(b"t")]
+            except StoreUnavailable:
+                await asyncio.sleep(0.02)
+
+
+# Opening
+
+
+async def test_many_start_at_once_on_an_empty_database(url: str) -> None:
+    async with opened(url, 8) as stores:
+        assert await stores[0].subscribe(Kind.GLOB, b"t*", A, None)
+        for store in stores:
+            assert [s.url for s in await store.match(b"topic")] == [A]
+
+
+async def test_a_newer_schema_is_refused(url: str) -> None:
+    async with opened(url):
+        pass
+    database = url.rpartition("/")[2]
+    postgres.shared().sql("UPDATE lonelyps_meta SET value = 99 WHERE key = 'schema'", database)
+    with pytest.raises(
+        StoreCorrupt, match="schema version 99, this lonelypss knows 1: run a newer"
+    ):
+        await PostgresStore(url).open()
+
+
+async def test_what_others_have_in_the_database_is_left_alone(url: str) -> None:
+    database = url.rpartition("/")[2]
+    postgres.shared().sql("CREATE TABLE subscriptions (mine text)", database)
+    async with opened(url):
+        pass
+    assert postgres.shared().sql("SELECT count(*) FROM subscriptions", database) == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda url: url.rpartition("/")[0] + "/nowhere", "does not exist: create it"),
+        (lambda url: url.replace("postgres@", "nobody:s3cret@"), "does not let this user in"),
+        (
+            lambda url: f"postgresql://u:s3cret@127.0.0.1:{free_port()}/d",
+            "cannot be reached: is the server up",
+        ),
+        (lambda url: url.replace("127.0.0.1", "host.invalid"), "cannot be reached"),
+    ],
+    ids=["database", "user", "port", "host"],
+)
+async def test_an_impossible_url_says_what_to_change(url: str, change, complaint: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(StoreUnavailable, match=complaint) as caught:
+        await PostgresStore(change(url)).open()
+    assert "s3cret" not in str(caught.value)
+
+
+async def test_a_user_without_rights_is_told_which(url: str) -> None:
+    database = url.rpartition("/")[2]
+    postgres.shared().sql(
+        "DO $$ BEGIN CREATE ROLE weak LOGIN; EXCEPTION WHEN duplicate_object THEN END $$", database
+    )
+    with pytest.raises(StoreUnavailable, match="GRANT it CREATE on the schema"):
+        await PostgresStore(url.replace("postgres@", "weak@")).open()
+
+
+async def test_without_prepared_statements(url: str) -> None:
+    async with opened(f"{url}?statement_cache_size=0") as (store,):
+        assert await store.subscribe(Kind.EXACT, b"t", A, None)
+        assert await available(store) == [A]
+
+
+# Others on the same database
+
+
+async def test_what_was_answered_counts_everywhere(url: str) -> None:
+    """Many subscribe and unsubscribe globs at several stores; whoever has the answer looks at
+    another store."""
+    async with opened(url, 3) as stores:
+
+        async def member(number: int) -> None:
+            pattern, topic = b"%d/*" % number, b"%d/x" % number
+            for turn in range(15):
+                here, there = stores[(number + turn) % 3], stores[(number + turn + 1) % 3]
+                assert await here.subscribe(Kind.GLOB, pattern, A, None)
+                assert [s.pattern for s in await there.match(topic)] == [pattern]
+                assert await there.unsubscribe(Kind.GLOB, pattern, A)
+                assert await here.match(topic) == []
+
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(*(member(number) for number in range(12)))
+
+
+async def test_concurrent_sets_of_one_url_leave_one_of_their_lists(url: str) -> None:
+    async with opened(url, 2) as stores:
+        lists = [
+            (
+                [(b"%d/%d" % (n, i), None) for i in range(50)],
+                [(f"{n}/{i}/*", None) for i in range(50)],
+            )
+            for n in range(6)
+        ]
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(
+                *(stores[n % 2].set_subscriptions(A, *wanted) for n, wanted in enumerate(lists))
+            )
+        found = await stores[0].subscriptions(A)
+        patterns = {s.pattern for s in found}
+        assert patterns in [{t for t, _ in e} | {g.encode() for g, _ in gs} for e, gs in lists]
+
+
+async def test_changes_of_globs_and_rows_do_not_wait_for_each_other_for_ever(url: str) -> None:
+    async with opened(url, 3) as stores:
+
+        async def member(number: int) -> None:
+            store = stores[number % 3]
+            for turn in range(8):
+                exact = [(b"t%d" % i, None) for i in range(turn % 3, 6)]
+                globs = [(f"g{i}*", None) for i in range(turn % 4, 6)]
+                await store.set_subscriptions(f"http://{number % 4}/", exact, globs)
+                await store.drop(await store.subscriptions(f"http://{(number + 1) % 4}/"))
+
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(*(member(number) for number in range(9)))
+
+
+async def test_everybody_claims_something_else(url: str) -> None:
+    async with opened(url, 3) as stores:
+        for n in range(60):
+            assert await stores[0].subscribe(Kind.EXACT, b"t", f"http://{n}/", f"http://{n}/r")
+        missed = [(s, b"t") for s in await stores[0].match(b"t")]
+        await stores[0].record_missed(missed, 100.0)
+        claimed = await asyncio.gather(
+            *(store.claim_missed(200.0, 7, 60.0) for store in stores for _ in range(4))
+        )
+        ids = [notice.id for notices in claimed for notice in notices]
+        assert len(ids) == len(set(ids)) == 60
+
+
+async def test_an_edit_by_hand_reaches_the_globs(url: str) -> None:
+    async with opened(url) as (store,):
+        assert await store.subscribe(Kind.GLOB, b"a*", A, None)
+        assert len(await store.match(b"abc")) == 1
+        postgres.shared().sql("DELETE FROM lonelyps_subscriptions", url.rpartition("/")[2])
+        assert await store.match(b"abc") == []
+
+
+async def test_a_forgotten_transaction_of_another_program_is_not_waited_for(url: str) -> None:
+    """It holds the row that every change of globs needs."""
+    async with opened(url) as (store,):
+        holder = asyncio.create_task(
+            asyncio.to_thread(
+                postgres.shared().sql,
+                "BEGIN; SELECT * FROM lonelyps_meta FOR UPDATE; SELECT pg_sleep(3); COMMIT",
+                url.rpartition("/")[2],
+            )
+        )
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                started = time.monotonic()
+                try:
+                    await store.unsubscribe(Kind.GLOB, b"x", A)
+                    await store.subscribe(Kind.GLOB, b"x", A, None)
+                except StoreUnavailable as e:
+                    refusal = str(e)
+                    break
+        assert "in time" in refusal
+        assert time.monotonic() - started < 2.5
+        assert [s.pattern for s in await store.match(b"x")] in ([], [b"x"])
+        await holder
+        assert await store.unsubscribe(Kind.GLOB, b"x", A) in (True, False)
+
+
+# The server goes away
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL])
+async def test_a_restart_under_load(server: Postgres, signum: signal.Signals) -> None:
+    """Every call ends soon, with an answer or 503; what was answered is there afterwards."""
+    url = server.database()
+    async with opened(url, 2) as stores:
+        assert await stores[0].subscribe(Kind.EXACT, b"t", A, None)
+        kept: set[bytes] = set()
+        refused = 0
+        slowest = 0.0
+        stopping = False
+
+        async def member(number: int) -> None:
+            nonlocal refused, slowest
+            store, turn = stores[number % 2], 0
+            while not stopping:
+                turn += 1
+                pattern = b"%d/%d/*" % (number, turn)
+                started = time.monotonic()
+                try:
+                    if await store.subscribe(Kind.GLOB, pattern, A, None):
+                        kept.add(pattern)
+                    found = [s.pattern for s in await store.match(pattern.replace(b"*", b"x"))]
+                    assert found == [pattern]
+                except StoreUnavailable:
+                    refused += 1
+                    await asyncio.sleep(0.01)
+                slowest = max(slowest, time.monotonic() - started)
+
+        members = [asyncio.create_task(member(number)) for number in range(6)]
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while len(kept) < 100:
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(server.stop, signum)
+                before = refused
+                while refused < before + 20:
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(server.start)
+                assert await available(stores[0]) == [A]
+                grown = len(kept) + 100
+                while len(kept) < grown:
+                    await asyncio.sleep(0.01)
+        finally:
+            stopping = True
+            await asyncio.gather(*members)
+        assert slowest < 5.0
+        found = {s.pattern for s in await stores[1].subscriptions(A)}
+        assert kept <= found
+
+
+async def test_one_connection_is_lost(url: str) -> None:
+    async with opened(url) as (store,):
+        assert await store.subscribe(Kind.EXACT, b"t", A, None)
+        postgres.shared().sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE application_name = 'lonelypss' AND datname = '{url.rpartition('/')[2]}'"
+        )
+        assert [s.url for s in await store.match(b"t")] == [A]
+
+
+async def test_no_more_connections(server: Postgres) -> None:
+    url = server.database()
+    async with opened(url) as (store,):
+        assert await store.subscribe(Kind.EXACT, b"t", A, None)
+        server.sql(f"ALTER DATABASE {url.rpartition('/')[2]} CONNECTION LIMIT 0")
+        server.sql("CREATE ROLE limited LOGIN")
+        other = PostgresStore(url.replace("postgres@", "limited@"))
+        with pytest.raises(StoreUnavailable, match="takes no more connections"):
+            await other.open()
+
+
+async def test_closed(url: str) -> None:
+    async with opened(url) as (store,):
+        await store.close()
+        await store.close()
+        with pytest.raises(StoreUnavailable, match="closed"):
+            await store.match(b"t")
