@@ -1,0 +1,271 @@
+"""The same suite on every database, with one process, two workers, and two broadcasters."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import postgres
+from lonelypsc.client import PubSubClient
+from lonelypsc.config.auth_config import AuthConfigFromParts
+from lonelypsc.config.config import make_http_pub_sub_config
+from lonelypsc.config.file_config import get_auth_config_from_file
+from lonelypsc.config.ws_config import make_websocket_pub_sub_config
+from lonelypsc.http_client import HttpPubSubClient
+from lonelypsc.ws_client import WebsocketPubSubClient
+from programs import Program, command, free_port, run, started
+
+DEADLINE = 60.0
+
+
+@dataclass
+class Fleet:
+    """Broadcasters that share a database, authorization included."""
+
+    directory: Path
+    db: str
+    workers: int
+    ports: list[int]
+    programs: dict[int, Program] = field(default_factory=dict)
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"http://127.0.0.1:{port}" for port in self.ports]
+
+    async def start(self, port: int) -> None:
+        argv = command(
+            "lonelypss", "serve", f"--port={port}", f"--db={self.db}", f"--workers={self.workers}",
+            "--peer-lease=3", "--missed-constant=0.2", "--missed-expo-factor=0",
+            "--missed-jitter=0",
+        )  # fmt: skip
+        program = self.stack.enter_context(started(argv, self.directory))
+        await asyncio.to_thread(program.line, "lonelypss listens on")
+        self.programs[port] = program
+
+    def client(self, kind: str, *urls: str) -> PubSubClient:
+        """One that knows these broadcasters, or all."""
+        auth = AuthConfigFromParts(
+            *get_auth_config_from_file(self.directory / "subscriber-secrets.json")
+        )
+        hosts = urls or self.urls
+        if kind == "websocket":
+            return WebsocketPubSubClient(
+                make_websocket_pub_sub_config(
+                    broadcasters=[{"host": url.replace("http", "ws", 1)} for url in hosts],
+                    auth=auth,
+                )
+            )
+        return HttpPubSubClient(
+            make_http_pub_sub_config(
+                bind={"type": "uvicorn", "host": "127.0.0.1", "port": 0},
+                host="http://127.0.0.1:{port}",
+                broadcasters=[{"host": url} for url in hosts],
+                auth=auth,
+                outgoing_retries_per_broadcaster=5,
+            )
+        )
+
+
+DATABASES: dict[str, Callable[[Path], str]] = {
+    "sqlite": lambda directory: "sqlite:///one.db",
+    "postgres": lambda directory: postgres.shared().database(),
+}
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, database: str, workers: int, number: int
+) -> AsyncIterator[Fleet]:
+    assert run("lonelypss", "setup", cwd=directory).returncode == 0
+    ports = [free_port() for _ in range(number)]
+    fleet = Fleet(directory, DATABASES[database](directory), workers, ports)
+    async with fleet.stack:
+        await asyncio.gather(*(fleet.start(port) for port in ports))
+        yield fleet
+        for program in fleet.programs.values():
+            assert await asyncio.to_thread(program.stop) == 0
+
+
+@pytest.fixture(params=[(1, 1), (2, 1), (1, 2)], ids=["1-process", "2-workers", "2-broadcasters"])
+async def fleet(
+    request: pytest.FixtureRequest, database: str, tmp_path: Path
+) -> AsyncIterator[Fleet]:
+    workers, number = request.param
+    async with running(tmp_path, database, workers, number) as fleet:
+        yield fleet
+
+
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Receiver:
+    """A client that wants topics, and what it got."""
+
+    def __init__(self, client: PubSubClient, **topics: Any) -> None:
+        self.client = client
+        self.topics = topics
+        self.got: Counter[bytes] = Counter()
+        self.gaps = 0
+        self.news = asyncio.Event()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[Receiver]:
+        async with (
+            self.client,
+            self.client.subscribe(on_receiving=self._receiving, **self.topics) as subscription,
+        ):
+            reader = asyncio.create_task(self._read(await subscription.messages()))
+            try:
+                yield self
+            finally:
+                reader.cancel()
+                await asyncio.wait([reader])
+
+    async def _receiving(self) -> None:
+        self.gaps += 1
+        self.news.set()
+
+    async def _read(self, messages: Any) -> None:
+        async for message in messages:
+            self.got[message.data.read()] += 1
+            self.news.set()
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while not done():
+                self.news.clear()
+                await self.news.wait()
+
+
+async def test_everybody_gets_everything_once(fleet: Fleet) -> None:
+    """Whichever broadcaster a message is sent to, and however it is subscribed to."""
+    async with AsyncExitStack() as stack:
+        receivers = []
+        for kind in ("http", "websocket"):
+            for url in fleet.urls * 2:
+                receiver = Receiver(fleet.client(kind, url), exact=[b"a/b"], glob=["a/*", "**"])
+                receivers.append(await stack.enter_async_context(receiver.listening()))
+        sent = []
+        for n in range(10):
+            for number, sender in enumerate(receivers):
+                sent.append(b"%d from %d" % (n, number))
+                result = await sender.client.notify(topic=b"a/b", data=sent[-1])
+                assert result.notified == len(receivers)
+        for receiver in receivers:
+            await receiver.until(lambda receiver=receiver: len(receiver.got) == len(sent))
+            assert receiver.got == Counter(sent)
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_what_was_answered_counts_at_every_broadcaster(fleet: Fleet, kind: str) -> None:
+    async with AsyncExitStack() as stack:
+        subscriber = await stack.enter_async_context(fleet.client(kind, fleet.urls[0]))
+        publishers = [
+            await stack.enter_async_context(fleet.client("http", url)) for url in fleet.urls[::-1]
+        ]
+        for turn in range(12):
+            topic, publisher = b"t/%d" % turn, publishers[turn % len(publishers)]
+            wanted: Any = {"exact": [topic]} if turn % 2 else {"glob": [f"t/{turn}"]}
+            async with subscriber.subscribe(**wanted):
+                assert (await publisher.notify(topic=topic, data=b"x")).notified == 1
+            assert (await publisher.notify(topic=topic, data=b"x")).notified == 0
+
+
+async def test_a_subscriber_that_was_away_hears_of_it(fleet: Fleet) -> None:
+    port = free_port()
+
+    def client() -> PubSubClient:
+        return HttpPubSubClient(
+            make_http_pub_sub_config(
+                bind={"type": "uvicorn", "host": "127.0.0.1", "port": port},
+                host=f"http://127.0.0.1:{port}",
+                broadcasters=[{"host": url} for url in fleet.urls],
+                auth=AuthConfigFromParts(
+                    *get_auth_config_from_file(fleet.directory / "subscriber-secrets.json")
+                ),
+            )
+        )
+
+    async with fleet.client("websocket") as publisher:
+        listen = command(
+            "lonelypsc", "listen", "--exact=t", f"--bind=127.0.0.1:{port}",
+            *(f"--broadcaster={url}" for url in fleet.urls),
+        )  # fmt: skip
+        with started(listen, fleet.directory) as program:
+            await asyncio.to_thread(program.line, "listening")
+            program.process.kill()  # without a word, so that its subscription stays
+        assert (await publisher.notify(topic=b"t", data=b"missed")).notified == 0
+        async with Receiver(client(), exact=[b"t"]).listening() as receiver:
+            await receiver.until(lambda: receiver.gaps >= 2)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+async def test_two_broadcasters_restarted_under_load(
+    database: str, signum: signal.Signals, tmp_path: Path
+) -> None:
+    """No notify fails, no subscription is lost, and nobody misses anything without being told."""
+    async with running(tmp_path, database, 1, 2) as fleet, AsyncExitStack() as stack:
+        receivers = {
+            kind: await stack.enter_async_context(
+                Receiver(fleet.client(kind), exact=[b"t"], glob=["t*"]).listening()
+            )
+            for kind in ("http", "websocket")
+        }
+        publishers = [
+            await stack.enter_async_context(fleet.client(kind)) for kind in ("http", "websocket")
+        ]
+        sent: list[bytes] = []
+        stopping = False
+
+        async def publish(number: int, client: PubSubClient) -> None:
+            turn = 0
+            while not stopping:
+                turn += 1
+                data = b"%d/%d" % (number, turn)
+                await client.notify(topic=b"t", data=data)
+                sent.append(data)
+
+        async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as group:
+            for number, client in enumerate(publishers * 2):
+                group.create_task(publish(number, client))
+            for port in fleet.ports:
+                await passed(sent)
+                program = fleet.programs.pop(port)
+                os.kill(program.process.pid, signum)
+                status = await asyncio.to_thread(program.process.wait, DEADLINE)
+                assert status == (0 if signum == signal.SIGTERM else -signal.SIGKILL)
+                await passed(sent)
+                await fleet.start(port)
+            await passed(sent)
+            stopping = True
+        # whatever was in somebody's hands has arrived before this one
+        for client in publishers:
+            last = b"last %d" % id(client)
+            while (await client.notify(topic=b"t", data=last)).notified < 2:
+                await asyncio.sleep(0.05)
+            for receiver in receivers.values():
+                await receiver.until(lambda r=receiver, last=last: r.got[last] > 0)
+        for kind, receiver in receivers.items():
+            missing = set(sent) - receiver.got.keys()
+            assert not missing or receiver.gaps > 1, (kind, len(missing))
+        if signum == signal.SIGTERM:
+            assert not set(sent) - receivers["http"].got.keys()
+
+
+async def passed(sent: list[bytes], number: int = 100) -> None:
+    """Returns when so many more were sent."""
+    wanted = len(sent) + number
+    while len(sent) < wanted:
+        await asyncio.sleep(0.01)
