@@ -152,7 +152,10 @@ class _Signed(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         more = self._more
-        return more[name] if name in more else getattr(self._message, name)
+        try:
+            return more[name] if name in more else getattr(self._message, name)
+        except AttributeError:
+            raise KeyError(name) from None
 
     def __iter__(self) -> Iterator[str]:
         yield "tracing"
