@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep-missed-interval", type=float, default=10)
     parser.add_argument("--missed-max-retries", type=int, default=20)
     parser.add_argument("--no-compression", action="store_true")
+    parser.add_argument("--dictionary", type=Path, help="a preset dictionary, with id 7")
     return parser.parse_args()
 
 
@@ -104,6 +105,16 @@ def make_auth(secrets: dict[str, dict[str, str]], directory: Path) -> Any:
     return AuthConfigFromParts(to_broadcaster=to_broadcaster, to_subscriber=to_subscriber)
 
 
+def dictionaries(arguments: argparse.Namespace) -> dict[int, Any]:
+    if arguments.dictionary is None:
+        return {}
+    import zstandard
+
+    data = zstandard.ZstdCompressionDict(arguments.dictionary.read_bytes())
+    data.precompute_compress(level=3)
+    return {7: (data, 3)}
+
+
 def make_config(arguments: argparse.Namespace) -> Any:
     return ConfigFromParts(
         auth=make_auth(read_secrets(arguments), arguments.directory),
@@ -132,7 +143,7 @@ def make_config(arguments: argparse.Namespace) -> Any:
         ),
         compression=CompressionConfigFromParts(
             compression_allowed=not arguments.no_compression,
-            compression_dictionary_by_id={},
+            compression_dictionary_by_id=dictionaries(arguments),
             outgoing_max_ws_message_size=16 * 1024 * 1024,
             allow_training=not arguments.no_compression,
             compression_min_size=32,
@@ -193,7 +204,9 @@ async def main() -> None:
     arguments = parse_arguments()
     # The socket is bound here: with port 0 there is then no moment at which the port is
     # known and not yet ours, and the urls below can be made from it.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # with the protocol named, asyncio switches off the delay of small writes, as it does for
+    # sockets that uvicorn makes itself
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((arguments.host, arguments.port))
     port = listener.getsockname()[1]
