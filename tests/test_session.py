@@ -321,6 +321,59 @@ def test_the_compressor_for_a_length() -> None:
         }
 
 
+def test_a_dictionary_is_taken_until_its_end_is_known() -> None:
+    """Until the subscriber has answered a frame that was sent after the DISABLE."""
+    ends = pair(auth="hmac")
+    custom = ends.custom(65_536, b"dictionary")
+    payload, data = packed(TEXT, custom)
+
+    def notify_arrives() -> None:
+        event = ends.up(ends.client.notify(payload, data, NOW))
+        assert unpacked(event) == TEXT
+        assert ends.answer_down(event, decompressed_sha512=sha512(TEXT))
+
+    before = ends.down(ends.server.deliver(plain(b"x"), b"x", NOW))
+    disable = ends.server.disable_custom(65_536, NOW)
+    with pytest.raises(LocalProtocolError, match="enabled already"):
+        ends.server.enable_custom(65_536, b"d", NOW, level=3, min_size=0)
+    after = ends.server.deliver(plain(b"x"), b"x", NOW)
+    notify_arrives()
+    assert ends.answer_up(before)
+    notify_arrives()
+    late = ends.client.notify(payload, data, NOW)
+    ends.client.open_stream(payload)
+    assert isinstance(ends.down(disable), s.Disabled)
+    with pytest.raises(LocalProtocolError, match="not enabled"):
+        ends.client.next_part(NOW)
+    assert not ends.client.sending
+    event = ends.down(after)
+    assert unpacked(ends.up(late)) == TEXT
+    assert ends.answer_up(event)
+    assert ends.custom(65_536, b"another dictionary").dictionary == b"another dictionary"
+
+
+def test_a_dictionary_in_use_is_not_disabled() -> None:
+    ends = pair(limits=s.Limits(frame_length=1))
+    custom = ends.custom(65_536, b"dictionary")
+    body = b"".join(hashlib.sha512(bytes([i])).digest() for i in range(20))
+    payload, data = packed(body, custom)
+    frames = list(parts(ends.client, payload, data))
+    assert len(frames) > 1
+    ends.up(frames[0])
+    ends.server.open_stream(payload)
+    with pytest.raises(LocalProtocolError, match="was begun"):
+        ends.server.disable_custom(65_536, NOW)
+    while ends.server.sending:
+        part = ends.server.next_part(NOW)
+        event = ends.down(part.head + data[part.offset : part.offset + part.length])
+        ends.answer_up(event)
+    assert unpacked(event) == body
+    ends.down(ends.server.disable_custom(65_536, NOW))
+    for frame in frames[1:]:  # what began with it ends with it
+        event = ends.up(frame)
+    assert unpacked(event) == body
+
+
 def test_the_window_is_told_to_newer_subscribers_alone() -> None:
     limits = s.Limits(unanswered=40)
     assert Pair(server={"limits": limits}).client.peer_window == 40
