@@ -3,28 +3,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vectors
 from lonelypsp import messages
-from lonelypsp.compression import compress
 from lonelypsp.errors import RemoteProtocolError
 from lonelypsp.messages import (
-    Message,
-    Notify,
     NotifyStreamPart,
     NotifyStreamStart,
-    ReceiveStreamPart,
-    ReceiveStreamStart,
     StreamPart,
     StreamStart,
 )
-from lonelypsp.parts import SMALLEST_PART, Part, Reassembly, fits_one_frame, split
+from lonelypsp.parts import Reassembly, part_length
 from lonelypsp.spool import Spool
 
 BODY = bytes((7 * i + i // 256) % 256 for i in range(3000))
@@ -33,11 +26,6 @@ BODY = bytes((7 * i + i // 256) % 256 for i in range(3000))
 def stream(
     body: bytes,
     limit: int | None,
-    *,
-    minimal: bool = True,
-    start: type[StreamStart] = NotifyStreamStart,
-    later: type[StreamPart] = NotifyStreamPart,
-    **about: Any,
 ) -> list[Any]:
     """The messages that carry `body` in parts."""
     fields: dict[str, Any] = {
@@ -46,131 +34,39 @@ def stream(
         "compressed_length": len(body),
         "decompressed_length": len(body),
         "sha512": hashlib.sha512(body).digest(),
-    } | about
+    }
 
     def part(part_id: int, data: bytes) -> Any:
         if part_id == 0:
-            return start(**fields, body=data)
-        return later(identifier=fields["identifier"], part_id=part_id, body=data)
+            return NotifyStreamStart(**fields, body=data)
+        return NotifyStreamPart(identifier=fields["identifier"], part_id=part_id, body=data)
 
-    def head_length(part_id: int) -> int:
-        return len(messages.encode_head(part(part_id, b""), minimal=minimal))
-
-    cuts = split(len(body), limit, head_length)
-    return [part(cut.id, body[cut.offset : cut.offset + cut.length]) for cut in cuts]
-
-
-# against the older implementation
-
-
-def splitting_id(row: dict[str, Any]) -> str:
-    limit = row.get("max_websocket_message_size", row.get("outgoing_max_ws_message_size"))
-    form = "minimal" if row["minimal_headers"] else "expanded"
-    large = "-large" if row.get("held_as", "").startswith("stream") else ""
-    return f"{row['side']}-{row['body_length']}-in-{limit}-{form}-zstd{row['compressor']}{large}"
-
-
-@pytest.mark.parametrize("row", vectors.load("stateful")["splitting"], ids=splitting_id)
-def test_splits_as_the_older_implementation(row: dict[str, Any]) -> None:
-    plain = BODY[: row["body_length"]]
-    expected = row["frames"]
-    sent = plain
-    if row["compressor"]:
-        sent = compress(plain, dictionary=None, level=3)
-        if len(sent) != sum(f["payload_length"] for f in expected):
-            pytest.skip("another version of zstd compresses differently")
-    about = {
-        "identifier": bytes.fromhex(row["identifier"]),
-        "topic": row["topic"].encode(),
-        "compressor": row["compressor"],
-        "decompressed_length": len(plain),
-    }
-    frames: list[Message]
-    if row["side"] == "client":
-        limit = row["max_websocket_message_size"]
-        whole = Notify(
-            **about,
-            body=sent,
-            compressed_length=len(sent),
-            sha512=hashlib.sha512(sent).digest(),
-        )
-        frame_length = len(messages.encode(whole, minimal=row["minimal_headers"]))
-        one = fits_one_frame(len(plain), frame_length, limit)
-        if row["held_as"].startswith("stream") and not row["compressor"]:
-            one = False  # a body that is not in memory is not worth a special case to it
-        frames = [whole] if one else stream(sent, limit, minimal=row["minimal_headers"], **about)
-    else:
-        frames = stream(
-            sent,
-            row["outgoing_max_ws_message_size"],
-            minimal=row["minimal_headers"],
-            start=ReceiveStreamStart,
-            later=ReceiveStreamPart,
-            **about,
-        )
-    encoded = [messages.encode(f, minimal=row["minimal_headers"]) for f in frames]
-    assert [len(f) for f in encoded] == [f["frame_length"] for f in expected]
-    assert [hashlib.sha256(f).hexdigest() for f in encoded] == [f["sha256"] for f in expected]
-    for ours, theirs in zip(encoded, expected, strict=True):
-        assert ours == bytes.fromhex(theirs.get("hex", ours.hex()))
-
-
-# splitting
-
-
-@given(
-    length=st.integers(0, 20_000),
-    limit=st.none() | st.integers(0, 3_000),
-    heads=st.lists(st.integers(4, 700), min_size=1, max_size=50),
-)
-def test_parts_are_the_whole_in_order(length: int, limit: int | None, heads: list[int]) -> None:
-    def head_length(part_id: int) -> int:
-        return heads[part_id % len(heads)]
-
-    parts = list(split(length, limit, head_length))
-    assert [p.id for p in parts] == list(range(len(parts)))
-    offset = 0
-    for part in parts:
-        assert part.offset == offset
-        offset += part.length
-        assert part.length > 0 or length == 0
-        if limit is not None:
-            fits = part.length + head_length(part.id) <= limit
-            assert fits or part.length <= SMALLEST_PART
-    assert offset == length
-    if limit is not None:
-        assert len(parts) <= max(1, math.ceil(length / SMALLEST_PART))
-
-
-def test_without_a_limit_heads_do_not_matter() -> None:
-    assert list(split(1 << 40, None, lambda _: pytest.fail("asked"))) == [Part(0, 0, 1 << 40)]
-
-
-def test_nothing_is_computed_ahead() -> None:
-    asked: list[int] = []
-
-    def head_length(part_id: int) -> int:
-        asked.append(part_id)
-        return 100
-
-    parts = split(1 << 62, 1000, head_length)
-    assert next(parts) == Part(0, 0, 900)
-    assert next(parts) == Part(1, 900, 900)
-    assert asked == [0, 1]
+    found, offset = [], 0
+    while not found or offset < len(body):
+        head = len(messages.encode_head(part(len(found), b""), minimal=True))
+        length = part_length(len(body) - offset, limit, head)
+        found.append(part(len(found), body[offset : offset + length]))
+        offset += length
+    return found
 
 
 @pytest.mark.parametrize(
-    ("length", "frame_length", "limit", "fits"),
+    ("remaining", "limit", "head", "length"),
     [
-        (871, 969, 1000, True),
-        (872, 970, 1000, False),  # 128 bytes are allowed for the head
-        (0, 1000, 1000, False),
-        (0, 999, 1000, True),
-        (1 << 40, 1 << 40, None, True),
+        (0, 1000, 100, 0),
+        (899, 1000, 100, 899),
+        (900, 1000, 100, 900),
+        (901, 1000, 100, 900),
+        (1 << 62, 1000, 100, 900),
+        (1 << 62, 1000, 488, 512),
+        (1 << 62, 1000, 489, 512),  # no part carries less, but for the last one
+        (1 << 62, 0, 1 << 20, 512),
+        (511, 0, 100, 511),
+        (1 << 62, None, 100, 1 << 62),
     ],
 )
-def test_fits_one_frame(length: int, frame_length: int, limit: int | None, fits: bool) -> None:
-    assert fits_one_frame(length, frame_length, limit) is fits
+def test_the_length_of_a_part(remaining: int, limit: int | None, head: int, length: int) -> None:
+    assert part_length(remaining, limit, head) == length
 
 
 # reassembly

@@ -7,6 +7,8 @@ import hashlib
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import vectors
 from lonelypsp import messages as m
@@ -154,6 +156,35 @@ def test_splits_as_the_older_implementation(row: dict[str, Any]) -> None:
     assert [due(exchange) for exchange in sender._unanswered] == row["expected_acks"]
 
 
+@settings(max_examples=60)
+@given(
+    length=st.integers(0, 9_000),
+    most=st.none() | st.integers(0, 3_000),
+    topic=st.binary(max_size=200),
+    auth=st.sampled_from(list(AUTHS)),
+    minimal=st.booleans(),
+)
+def test_frames_are_as_long_as_they_may(
+    length: int, most: int | None, topic: bytes, auth: str, minimal: bool
+) -> None:
+    ends = pair(auth, minimal, limits=s.Limits(frame_length=most))
+    body = bytes(length)
+    payload = plain(body, topic)
+    for sender, arrive in ((ends.client, ends.up), (ends.server, ends.down)):
+        estimate, one = sender._parts_of(payload), sender.one_frame(payload)
+        frames = list(parts(sender, payload, body))
+        events = [arrive(frame) for frame in frames]
+        assert unpacked(events[-1]) == body
+        assert 1 <= len(frames) <= estimate
+        *full, last = frames
+        if most is not None:
+            # a part carries at least 512 bytes, even if its frame gets too long
+            assert all(len(frame) == most or 512 < len(frame) < 1536 for frame in full)
+            assert len(last) <= max(most, 1536)
+        assert len(frames) == 1 or not one
+        assert most is None or not one or len(last) <= most
+
+
 NAMES = {
     m.ConfirmNotify: "CONFIRM_NOTIFY",
     m.ContinueNotify: "CONTINUE_NOTIFY",
@@ -205,11 +236,11 @@ def test_messages_both_ways(auth: str, minimal: bool, form: str, streamed: bool)
         (ends.client, ends.up, ends.answer_down, {"subscribers": 5, "decompressed_sha512": None}),
         (ends.server, ends.down, ends.answer_up, {}),
     ]
-    for sender, arrive, answer, given in ways:
+    for sender, arrive, answer, of_answer in ways:
         payload, data = plain(body), body
         if compressor is not None:
             payload, data = packed(body, compressor)
-            given = given and given | {"decompressed_sha512": sha512(body)}
+            of_answer = of_answer and of_answer | {"decompressed_sha512": sha512(body)}
         if streamed:
             frames: Any = parts(sender, payload, data)
         elif sender is ends.client:
@@ -219,7 +250,7 @@ def test_messages_both_ways(auth: str, minimal: bool, form: str, streamed: bool)
         for frame in frames:
             assert sender.room == 127
             event = arrive(frame)
-            (answered,) = answer(event, **given)
+            (answered,) = answer(event, **of_answer)
         assert isinstance(event, s.BodyArrived)
         assert (event.body is None) is streamed
         assert event.compressor == compressor

@@ -379,6 +379,13 @@ def test_compressors_that_were_not_asked_for(options: dict[str, bool], frame: by
         ends.server.enable_custom(65_536, b"d", NOW, **ZSTD)
 
 
+def test_more_compressors_than_there_may_be() -> None:
+    ends = Ends()
+    for compressor in (65_536, 65_537):
+        ends.custom(compressor, b"d")
+    local(ends, lambda: ends.server.enable_preset(1, NOW, **ZSTD), "2 compressors are enabled")
+
+
 def test_compressor_0_is_ignored() -> None:
     ends = Pair()
     assert ends.down(enable(0)) == s.Ignored()

@@ -234,9 +234,18 @@ def test_a_broadcaster_that_signs_later_parts_with_anything() -> None:
     assert ends.down(ends.server.missed(b"t", NOW)) == s.TopicMissed(b"t")
 
 
+def confirmed_for(ends: Pair, subscribers: int) -> bytes:
+    """A message confirmed on behalf of several."""
+    event = ends.down(ends.server.deliver(plain(b"x"), b"x", NOW))
+    event.exchange.repeats["num_subscribers"] = subscribers
+    (frame,) = ends.client.answer(event, NOW)
+    return frame
+
+
 STRANGERS: dict[str, Callable[[Pair], Any]] = {
     "identifier": lambda e: e.up(e.client.notify(plain(b"x", identifier=b"long one"), b"x", NOW)),
     "configure": lambda e: None,
+    "confirm": lambda e: e.up(confirmed_for(e, 2)),
 }
 
 

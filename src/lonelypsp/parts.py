@@ -1,14 +1,12 @@
 """A body in parts: where to cut it, and how to put it together again.
 
-Sending works on offsets and lengths and never holds the body; `Reassembly` writes what arrives
+Sending works on lengths and never holds the body; `Reassembly` writes what arrives
 into anything with `write`, e.g. a `lonelypsp.spool.Spool`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lonelypsp.errors import RemoteProtocolError
@@ -16,53 +14,15 @@ from lonelypsp.messages import StreamPart, StreamStart
 
 SMALLEST_PART = 512
 """A part carries at least so much of the body, even if its frame gets larger than it should."""
-HEAD_ALLOWANCE = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """`length` bytes of a body from `offset`, sent as part `id`."""
-
-    id: int
-    offset: int
-    length: int
-
-
-def fits_one_frame(length: int, frame_length: int, max_frame_length: int | None) -> bool:
-    """Whether a body goes as one NOTIFY; else it goes as a stream, though maybe in one part.
-
-    Args:
-        length: of the body before compression.
-        frame_length: of the NOTIFY that it would make.
-        max_frame_length: None: there is no limit.
-    """
-    if max_frame_length is None:
-        return True
-    return length + HEAD_ALLOWANCE < max_frame_length and frame_length < max_frame_length
-
-
-def split(
-    length: int, max_frame_length: int | None, head_length: Callable[[int], int]
-) -> Iterator[Part]:
-    """Where to cut a body of `length` bytes; without a byte, it is one empty part.
-
-    Args:
-        length: of the body as it is sent, i.e. after compression.
-        max_frame_length: None: there is no limit, so there is one part.
-        head_length: bytes in front of the body in the frame of this part id, asked for each part
-            just before it is made, so that the part can be signed then.
-    """
-    offset = part_id = 0
-    while part_id == 0 or offset < length:
-        head = 0 if max_frame_length is None else head_length(part_id)
-        size = part_length(length - offset, max_frame_length, head)
-        yield Part(part_id, offset, size)
-        offset += size
-        part_id += 1
 
 
 def part_length(remaining: int, max_frame_length: int | None, head_length: int) -> int:
-    """How many of the `remaining` bytes go into the next part."""
+    """How many of the `remaining` bytes go into the next part.
+
+    Args:
+        max_frame_length: None: there is no limit.
+        head_length: bytes in front of the body in the frame.
+    """
     if max_frame_length is None:
         return remaining
     return min(remaining, max(SMALLEST_PART, max_frame_length - head_length))
