@@ -199,6 +199,60 @@ def due(exchange: s.Exchange) -> str:
     return f"{name}[{exchange.repeats['part_id']}]" if "part_id" in exchange.repeats else name
 
 
+# Sizes of a message of 40 MB as they were recorded from the older implementation: frame, of which
+# body; the first frame, the ones between, the last. Its authorizations had 113 characters.
+LARGE = {
+    "zstd": (
+        40_000_924,
+        1,
+        "",
+        (3_670_016, 3_669_911),
+        (3_670_016, 3_669_999),
+        (3_301_039, 3_301_022),
+    ),
+    "hmac": (
+        40_000_000,
+        0,
+        "a" * 113,
+        (3_670_016, 3_669_798),
+        (3_670_016, 3_669_886),
+        (3_301_358, 3_301_228),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("length", "compressor", "authorization", "first", "between", "last"), LARGE.values(), ids=LARGE
+)
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_sizes_of_a_recorded_transfer(
+    direction: str,
+    length: int,
+    compressor: int,
+    authorization: str,
+    first: tuple[int, int],
+    between: tuple[int, int],
+    last: tuple[int, int],
+) -> None:
+    scripted = Scripted([authorization] * 50, Nothing())
+    limits = s.Limits(frame_length=3_670_016)
+    ends = Pair(
+        AuthConfig(scripted, scripted), client={"limits": limits}, server={"limits": limits}
+    )
+    ends.preset()
+    sender: Any = ends.client if direction == "up" else ends.server
+    about = bytes.fromhex("f9ab60ed")
+    sender.open_stream(
+        s.Payload(b"alpha", about, length, bytes(64), compressor, 40_000_000, bytes(64))
+    )
+    found = []
+    while sender.sending:
+        part = sender.next_part(NOW)
+        found.append((len(part.head) + part.length, part.length))
+    assert found == [first, *[between] * 9, last]
+    assert part.offset + part.length == length
+
+
 # everything a connection does
 
 
