@@ -349,8 +349,9 @@ class Link:
     async def configure(self) -> None:
         """Returns when the broadcaster has confirmed; raises PubSubError."""
         self.socket.send(self.session.configure(time.time()))
-        await self.socket.arrived()
-        self._receive(self.socket.take() or b"")
+        while (frame := self.socket.take()) is None:
+            await self.socket.arrived()
+        self._receive(frame)
 
     async def run(self, confirming: Iterable[Key]) -> None:
         """Until the connection is lost, which is raised as PubSubError.
@@ -487,13 +488,9 @@ class Link:
         except (OSError, ValueError) as e:
             self._sent.pop(notify, None)
             notify.fail(content.failure or e)
-            if self.session.sending:
-                self.socket.abort(f"a message could not be read to its end: {e}")
         except LocalProtocolError as e:
             self._sent.pop(notify, None)
             notify.fail(PubSubRequestRefusedError(f"cannot be sent over this websocket: {e}"))
-            if self.session.sending:
-                self.socket.abort(str(e))
         except Exception as e:
             logger.exception("sending a message failed in an unforeseen way")
             self._sent.pop(notify, None)
@@ -508,9 +505,17 @@ class Link:
     async def _send_parts(
         self, notify: _Notify, payload: s.Payload, source: Content | Body
     ) -> None:
-        session = self.session
-        session.open_stream(payload)
+        self.session.open_stream(payload)
         notify.maybe_sent = True
+        try:
+            await self._send_rest(notify, source)
+        except Exception as e:
+            # the broadcaster waits for the rest, and there is no way to tell it
+            self.socket.abort(f"a message could not be sent to its end: {e}")
+            raise
+
+    async def _send_rest(self, notify: _Notify, source: Content | Body) -> None:
+        session = self.session
         while session.sending:
             await self._room()
             # nothing that is to be answered may be sent between making a part and sending it

@@ -57,7 +57,7 @@ class Socket(asyncio.Protocol):
         self._late = 0
         self._late_timer: asyncio.TimerHandle | None = None
         self.on_writable: Callable[[], None] = _nothing
-        self.on_frames: Callable[[], bool] = _wake
+        self.on_frames: Callable[[], bool] = _leave_all
         self.writable = asyncio.Event()
         self.writable.set()
         self._frames: deque[bytes] = deque()
@@ -162,9 +162,8 @@ class Socket(asyncio.Protocol):
             self._ended(f"the broadcaster does not take websockets here: {self._ws.handshake_exc}")
         if self._ws.parser_exc is not None:
             self._ended(f"the broadcaster breaks the rules of websockets: {self._ws.parser_exc}")
-        reader = self._reader
-        if self._frames and reader is not None and not reader.done() and self.on_frames():
-            reader.set_result(None)
+        if self._frames and self._reader is not None and self.on_frames():
+            self._wake()
         if self._flushing or not self._late or self._end is not None:
             self._flush()
         if not self._paused and self._is_full(1) and self._transport is not None:
@@ -253,6 +252,9 @@ class Socket(asyncio.Protocol):
         if not self._opened.done():
             self._opened.set_exception(ConnectionLost(why))
             self._opened.exception()  # seen, even if nobody waits
+        self._wake()
+
+    def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -261,7 +263,7 @@ def _nothing() -> None:
     pass
 
 
-def _wake() -> bool:
+def _leave_all() -> bool:
     return True
 
 
