@@ -62,7 +62,11 @@ def make_file(path: Path, size: int) -> str:
         return hashlib.file_digest(file, "sha512").hexdigest()
 
 
-async def measure(size: int, directory: Path) -> Result:
+async def measure(size: int, directory: Path, scheme: str = "http") -> Result:
+    """
+    Args:
+        scheme: "http", or "ws" for a websocket at every client.
+    """
     path = directory / "body"
     sha512 = await asyncio.to_thread(make_file, path, size)
     secrets = write_secrets(directory, "hmac")
@@ -72,7 +76,7 @@ async def measure(size: int, directory: Path) -> Result:
 
         async def client(role: str, name: str) -> Child:
             return await start_client(
-                role, "ours", python, directory, server, secrets, stack, name=name
+                role, "ours", python, directory, server, secrets, stack, scheme, name
             )
 
         publisher = await client("publisher", "publisher")

@@ -9,11 +9,14 @@ MB = 1_000_000
 
 
 @pytest.mark.timeout(300)
-async def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+async def test_memory_stays_flat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import large_body
 
-    result = await large_body.measure(64 * MB, tmp_path)
+    result = await large_body.measure(64 * MB, tmp_path, scheme)
     assert result.notified == 2
     assert result.equal, "sha512 at one end differs"
     for program, peak in result.peak_rss.items():

@@ -37,7 +37,7 @@ from lonelypsc.errors import (
     PubSubRequestQueueFullError,
     PubSubRequestRefusedError,
 )
-from lonelypsc.ws_connection import ConnectionLost, Socket, connect
+from lonelypsc.ws_connection import ConnectionLost, Socket, connect, websockets_package
 from lonelypsp import messages as m
 from lonelypsp import session as s
 from lonelypsp.compression import (
@@ -129,6 +129,7 @@ class WebsocketTransport:
         self._tls: SSLContext | None = config.ssl_context
 
     async def start(self, hub: Hub) -> None:
+        websockets_package()  # an error now is better than one for each attempt
         self.hub = hub
         self._keeper = asyncio.create_task(self._keep(), name="websocket")
 
@@ -478,10 +479,14 @@ class Link:
         content, packed = notify.content, None
         try:
             payload, packed = await self._pack(notify)
+            await self._room()
+            while packed is not None and payload.compressor not in self.session.compressors:
+                packed.close()  # the broadcaster has meanwhile taken back the dictionary
+                payload, packed = await self._pack(notify)
+                await self._room()
             source: Content | Body = packed or content
             view = source.view if isinstance(source, Content) else source.data
             if view is not None and self.session.one_frame(payload):
-                await self._room()
                 self._send_whole(notify, payload, view)
             else:
                 await self._send_parts(notify, payload, source)

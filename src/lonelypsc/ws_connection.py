@@ -42,7 +42,7 @@ class Socket(asyncio.Protocol):
     """
 
     def __init__(self, url: str, *, max_size: int, max_frames: int, heartbeat: float) -> None:
-        websockets = _websockets()
+        websockets = websockets_package()
         self._loop = asyncio.get_running_loop()
         self._ws: ClientProtocol = websockets.client.ClientProtocol(
             websockets.uri.parse_uri(url), max_size=max_size
@@ -300,13 +300,14 @@ async def connect(
     return socket
 
 
-def _websockets() -> ModuleType:
+def websockets_package() -> ModuleType:
+    """Raises PubSubError: it is not installed."""
     try:
         import websockets
         import websockets.client
         import websockets.uri
     except ImportError as e:
-        raise ConnectionLost(
-            "websockets are needed: pip install 'lonelypsc[standard]', or use the HTTP client"
+        raise PubSubError(
+            f"{e}: websockets need pip install 'lonelypsc[standard]'; the HTTP client does not"
         ) from e
     return websockets

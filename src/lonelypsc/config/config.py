@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict
 from urllib.parse import SplitResult, urlsplit
@@ -167,6 +167,10 @@ def normal_broadcaster(
     config: PubSubBroadcasterConfig, schemes: tuple[str, str]
 ) -> PubSubBroadcasterConfig:
     """`config`, checked, without a slash at the end of its host."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("host"), str):
+        raise ValueError(  # noqa: TRY004
+            f'broadcasters: {config!r} is not like {{"host": "{schemes[0]}://..."}}'
+        )
     host = config["host"].rstrip("/")
     scheme = host.partition("://")[0]
     if scheme in ("ws", "wss", "http", "https") and scheme not in schemes:

@@ -1,0 +1,555 @@
+"""The websocket client against broadcasters that behave in every way that happens."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trustme
+from websockets.asyncio.server import ServerConnection, serve
+
+from lonelypsc import ws_client
+from lonelypsc.client import PubSubClient, PubSubClientConnectionStatus
+from lonelypsc.config.auth_config import AuthConfigFromParts
+from lonelypsc.config.ws_config import make_websocket_pub_sub_config
+from lonelypsc.errors import (
+    PubSubError,
+    PubSubRequestAmbiguousError,
+    PubSubRequestConnectionAbandonedError,
+    PubSubRequestQueueFullError,
+)
+from lonelypsc.ws_client import WebsocketPubSubClient
+from lonelypsp import messages as m
+from lonelypsp import session as s
+from lonelypsp.signing import AuthConfig, Nothing
+from lonelypsp.spool import Body
+from programs import free_port
+from servers import our_broadcaster
+
+DEADLINE = 20.0
+NOBODY = AuthConfigFromParts(Nothing(), Nothing())
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ws_client, "_RECONNECT_SPREAD", 0.0)
+
+
+class Broadcaster:
+    """Does what the test says with each connection.
+
+    Attributes:
+        script: what to do with the first connection, the second, and so on; the last for all
+            that follow.
+        confirmed: identifiers of notifies in the order in which they came, and on which connection.
+    """
+
+    def __init__(self, *script: Callable[[Conversation], Awaitable[None]]) -> None:
+        self.script = list(script)
+        self.connections = 0
+        self.topics: list[bytes] = []
+        self.url = ""
+
+    async def handle(self, socket: ServerConnection) -> None:
+        number = min(self.connections, len(self.script) - 1)
+        self.connections += 1
+        await self.script[number](Conversation(self, socket))
+
+
+class Conversation:
+    def __init__(self, broadcaster: Broadcaster, socket: ServerConnection) -> None:
+        self.broadcaster = broadcaster
+        self.socket = socket
+        self.session = s.BroadcasterSession(AuthConfig(Nothing(), Nothing()))
+
+    async def receive(self) -> s.Event:
+        frame = await self.socket.recv()
+        assert isinstance(frame, bytes)
+        return self.session.receive(frame, time.time())
+
+    async def open(self) -> None:
+        assert isinstance(await self.receive(), s.Configured)
+        await self.socket.send(self.session.confirm_configure(time.time()))
+
+    async def answer(self, event: Any, **given: Any) -> None:
+        for frame in self.session.answer(event, time.time(), **given):
+            await self.socket.send(frame)
+
+    async def deliver(self, topic: bytes, data: bytes) -> None:
+        payload = s.Payload(topic, b"abcd", len(data), Body.of(data).sha512)
+        await self.socket.send(self.session.deliver(payload, data, time.time()))
+
+    async def next_message(self) -> s.BodyArrived:
+        """Answers what comes before."""
+        while not isinstance(event := await self.receive(), s.BodyArrived):
+            if isinstance(event, s.SubscriptionAsked | s.PartArrived):
+                await self.answer(event)
+        self.broadcaster.topics.append(event.head.topic)
+        return event
+
+
+async def obey(talk: Conversation) -> None:
+    """As a good one does, for ever."""
+    await talk.open()
+    while True:
+        await talk.answer(await talk.next_message(), subscribers=1)
+
+
+def close_with(code: int, reason: str) -> Callable[[Conversation], Awaitable[None]]:
+    async def close(talk: Conversation) -> None:
+        await talk.socket.close(code, reason)
+
+    return close
+
+
+@asynccontextmanager
+async def broadcaster(
+    *script: Callable[[Conversation], Awaitable[None]], **options: Any
+) -> AsyncIterator[Broadcaster]:
+    scripted = Broadcaster(*script)
+    async with asyncio.timeout(DEADLINE):
+        async with serve(scripted.handle, "127.0.0.1", 0, max_size=None, **options) as server:
+            scheme = "wss" if "ssl" in options else "ws"
+            scripted.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            yield scripted
+
+
+def make(*urls: str, **settings: Any) -> PubSubClient:
+    defaults = {
+        "outgoing_min_reconnect_interval": 0.0,
+        "outgoing_initial_connect_retries": 0,
+        "websocket_close_timeout": 1.0,
+    }
+    hosts = [{"host": url, "priority": n} for n, url in enumerate(urls)]
+    return WebsocketPubSubClient(
+        make_websocket_pub_sub_config(broadcasters=hosts, auth=NOBODY, **(defaults | settings))  # type: ignore[arg-type]
+    )
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+class Statuses:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    async def on_connection_established(self) -> None:
+        self.seen.append("established")
+
+    async def on_connection_lost(self) -> None:
+        self.seen.append("lost")
+
+    async def on_connection_abandoned(self) -> None:
+        self.seen.append("abandoned")
+
+
+# Connecting
+
+
+async def test_entering_needs_no_broadcaster() -> None:
+    """An unreachable one is told to whoever asks for something."""
+    async with make(f"ws://127.0.0.1:{free_port()}") as client:
+        with pytest.raises(PubSubRequestConnectionAbandonedError, match="cannot connect"):
+            await client.notify(topic=b"t", data=b"")
+        assert client.connection_status is PubSubClientConnectionStatus.ABANDONED
+
+
+async def test_without_the_package_entering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    really = builtins.__import__
+
+    def refuse(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == "websockets":
+            raise ImportError(f"No module named {name!r}")
+        return really(name, *rest)
+
+    client = make("ws://127.0.0.1:1")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(PubSubError, match=r"pip install 'lonelypsc\[standard\]'"):
+        await client.__aenter__()
+
+
+async def test_tls_with_an_own_authority() -> None:
+    authority = trustme.CA()
+    there = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(there)
+    async with broadcaster(obey, ssl=there) as server:
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        async with make(server.url, ssl_context=trusting) as client:
+            assert (await client.notify(topic=b"t", data=b"x")).notified == 1
+        async with make(server.url) as client:
+            with pytest.raises(PubSubRequestConnectionAbandonedError, match="certificate"):
+                await client.notify(topic=b"t", data=b"x")
+
+
+async def test_a_broadcaster_that_never_confirms_is_given_up() -> None:
+    """D14 of the older client: it waits for ever."""
+
+    async def hang(talk: Conversation) -> None:
+        await talk.socket.wait_closed()
+
+    async with broadcaster(hang, obey) as server:
+        settings = {"websocket_open_timeout": 0.2, "outgoing_initial_connect_retries": 3}
+        async with make(server.url, **settings) as client:
+            assert (await client.notify(topic=b"t", data=b"")).notified == 1
+        assert server.connections == 2
+
+
+async def test_the_next_broadcaster_is_tried() -> None:
+    async with broadcaster(close_with(4503, "no database")) as bad, broadcaster(obey) as good:
+        nobody = f"ws://127.0.0.1:{free_port()}"
+        async with make(nobody, bad.url, good.url) as client:
+            assert (await client.notify(topic=b"t", data=b"")).notified == 1
+        assert bad.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (close_with(4403, "authorization of CONFIGURE: forbidden"), "4403 authorization of CONF"),
+        (close_with(4503, "later"), "4503 later"),
+        (close_with(1012, "stopping"), "1012 stopping"),
+        (lambda talk: talk.socket.send("text"), "text frame"),
+        (lambda talk: talk.socket.send(b"\0\1\0\x63"), "broke the rules"),
+    ],
+)
+async def test_why_all_was_given_up_is_told(script: Any, told: str) -> None:
+    async with broadcaster(script) as server, make(server.url) as client:
+        with pytest.raises(PubSubRequestConnectionAbandonedError) as caught:
+            await client.subscribe_exact(b"t").__aenter__()
+        assert told in str(caught.value)
+        assert server.url in str(caught.value)
+
+
+async def test_what_is_no_websocket() -> None:
+    async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(http, "127.0.0.1", 0)
+    async with server, make(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(PubSubRequestConnectionAbandonedError, match="404"):
+            await client.notify(topic=b"t", data=b"")
+
+
+async def test_pauses_between_rounds_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    class Quick:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+        async def sleep(self, seconds: float) -> None:
+            pauses.append(seconds)
+
+    monkeypatch.setattr(ws_client, "asyncio", Quick())
+    async with make(f"ws://127.0.0.1:{free_port()}", outgoing_initial_connect_retries=8) as client:
+        with pytest.raises(PubSubRequestConnectionAbandonedError):
+            await client.notify(topic=b"t", data=b"")
+    assert [int(p) for p in pauses] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert len(set(pauses)) == 8
+
+
+# Reconnecting
+
+
+async def test_what_is_not_confirmed_is_sent_again_in_order() -> None:
+    """D16: the older client sends it in reverse order."""
+    got: list[bytes] = []
+
+    async def take_three(talk: Conversation) -> None:
+        await talk.open()
+        for _ in range(3):
+            got.append((await talk.next_message()).head.topic)
+        await talk.socket.close(1012, "")
+
+    async with broadcaster(take_three, obey) as server, make(server.url) as client:
+        await asyncio.gather(*(client.notify(topic=b"%d" % n, data=b"x") for n in range(6)))
+        assert got == [b"0", b"1", b"2"]
+        assert server.topics == [b"0", b"1", b"2", *(b"%d" % n for n in range(6))]
+
+
+async def test_what_may_have_arrived_is_ambiguous_when_all_is_given_up() -> None:
+    async def take_one(talk: Conversation) -> None:
+        await talk.open()
+        await talk.next_message()
+        await talk.socket.close(1012, "")
+
+    async with broadcaster(take_one, close_with(4503, "")) as server:
+        async with make(server.url, max_sent_notifications=1) as client:
+            sent = asyncio.create_task(client.notify(topic=b"1", data=b"x"))
+            unsent = asyncio.create_task(client.notify(topic=b"2", data=b"x"))
+            with pytest.raises(PubSubRequestAmbiguousError, match="sent, but not confirmed"):
+                await sent
+            with pytest.raises(PubSubRequestConnectionAbandonedError):
+                await unsent
+
+
+async def test_everything_is_subscribed_again_and_each_gap_told_once() -> None:
+    runs = 0
+
+    async def on_receiving() -> None:
+        nonlocal runs
+        runs += 1
+
+    asked: list[set[bytes | str]] = []
+
+    async def lose(talk: Conversation) -> None:
+        await talk.open()
+        wanted: set[bytes | str] = set()
+        while len(wanted) < 3:
+            event = await talk.receive()
+            assert isinstance(event, s.SubscriptionAsked)
+            await talk.answer(event)
+            message = event.message
+            wanted.add(message.topic if isinstance(message, m.SubscribeExact) else message.glob)  # type: ignore[union-attr]
+        asked.append(wanted)
+        await talk.deliver(b"a", b"%d" % len(asked))
+        if len(asked) < 4:
+            await talk.receive()
+            await talk.socket.close(1012, "")
+        else:
+            await talk.next_message()
+
+    async with broadcaster(lose) as server, make(server.url) as client:
+        statuses = Statuses()
+        await client.direct_register_status_handler(receiver=statuses)
+        async with client.subscribe(
+            exact=[b"a", b"b"], glob=["c*"], on_receiving=on_receiving
+        ) as subscription:
+            messages = await subscription.messages()
+            for n in range(1, 5):
+                assert (await anext(messages)).data.read() == b"%d" % n
+                assert runs <= n
+            assert runs == 4
+            assert asked == [{b"a", b"b", "c*"}] * 4
+            await until(lambda: statuses.seen[-1] == "established")
+            # lost and established take turns
+            assert statuses.seen == (["established", "lost"] * 4)[: len(statuses.seen)]
+            assert client.connection_status is PubSubClientConnectionStatus.OK
+
+
+async def test_own_messages_and_unsubscribes_are_no_gaps() -> None:
+    """D19: the older client's status flips, and on_receiving runs."""
+    statuses, runs = Statuses(), 0
+
+    async def on_receiving() -> None:
+        nonlocal runs
+        runs += 1
+
+    async with our_broadcaster() as ours:
+        settings = {"max_websocket_message_size": 4096, "allow_compression": False}
+        async with make(ours.url.replace("http", "ws"), **settings) as client:
+            await client.direct_register_status_handler(receiver=statuses)
+            async with client.subscribe_exact(b"t", on_receiving=on_receiving) as subscription:
+                messages = await subscription.messages()
+                for _ in range(3):
+                    assert (await client.notify(topic=b"t", data=bytes(50_000))).notified == 1
+                    assert len((await anext(messages)).data.read()) == 50_000
+                    async with client.subscribe_exact(b"other"):
+                        pass
+            assert runs == 1
+            assert statuses.seen in ([], ["established"])
+
+
+async def test_a_missed_notice_is_told_at_once() -> None:
+    """D15: the older client looks at it when something else comes."""
+    runs = asyncio.Semaphore(0)
+
+    async def on_receiving() -> None:
+        runs.release()
+
+    async with asyncio.timeout(DEADLINE), our_broadcaster() as ours:
+        async with make(ours.url.replace("http", "ws")) as client:
+            async with client.subscribe_exact(b"t", on_receiving=on_receiving) as subscription:
+                waiting = asyncio.create_task(anext(await subscription.messages()))
+                await runs.acquire()
+                ours.broadcaster.websockets.missed(b"t")
+                await runs.acquire()
+                waiting.cancel()
+
+
+# Bounds
+
+
+async def test_one_more_unsent_message_is_refused() -> None:
+    release = asyncio.Event()
+
+    async def slow(talk: Conversation) -> None:
+        await talk.open()
+        await release.wait()
+        while True:
+            await talk.answer(await talk.next_message(), subscribers=1)
+
+    async with broadcaster(slow) as server:
+        settings = {"max_sent_notifications": 2, "max_unsent_notifications": 3}
+        async with make(server.url, **settings) as client:
+            await client_is_connected(client)
+            calls = [asyncio.create_task(client.notify(topic=b"t", data=b"")) for _ in range(5)]
+            await asyncio.sleep(0)
+            await until(lambda: len(client._transport.waiting) == 3)  # type: ignore[attr-defined]
+            with pytest.raises(PubSubRequestQueueFullError, match="max_unsent_notifications"):
+                await client.notify(topic=b"t", data=b"")
+            with pytest.raises(asyncio.QueueFull):  # what the older client raises
+                await client.notify(topic=b"t", data=b"")
+            release.set()
+            assert [r.notified for r in await asyncio.gather(*calls)] == [1] * 5
+
+
+async def client_is_connected(client: Any) -> None:
+    await until(lambda: client._transport.link is not None)
+
+
+async def test_a_small_window_is_no_obstacle() -> None:
+    """D39: parts of a large message that exceed it cost the older client its connection."""
+    async with asyncio.timeout(DEADLINE), our_broadcaster() as ours:
+        settings = {
+            "max_expected_acks": 1,
+            "max_websocket_message_size": 4096,
+            "allow_compression": False,
+        }
+        async with make(ours.url.replace("http", "ws"), **settings) as client:
+            async with client.subscribe(
+                exact=[b"%d" % n for n in range(20)], glob=["t*"]
+            ) as subscription:
+                messages = await subscription.messages()
+                sent = [client.notify(topic=b"t", data=bytes([n]) * 100_000) for n in range(5)]
+                assert [r.notified for r in await asyncio.gather(*sent)] == [1] * 5
+                got = {(await anext(messages)).data.read() for _ in range(5)}
+                assert got == {bytes([n]) * 100_000 for n in range(5)}
+
+
+async def test_more_than_fits_is_read_later() -> None:
+    """D29: in the older client exceeding `max_received` ends all delivery without a word."""
+    async with asyncio.timeout(DEADLINE), our_broadcaster() as ours:
+        url = ours.url.replace("http", "ws")
+        async with make(url, max_received=2) as receiver, make(url) as sender:
+            held = asyncio.Event()
+            got: list[bytes] = []
+
+            class Slow:
+                async def on_message(self, message: Any) -> None:
+                    await held.wait()
+                    got.append(message.data.read())
+                    await message.cleanup()
+
+            await receiver.direct_register_on_message(receiver=Slow())
+            await receiver.direct_subscribe_exact(topic=b"t")
+            sent = [sender.notify(topic=b"t", data=b"%d" % n) for n in range(200)]
+            assert {r.notified for r in await asyncio.gather(*sent)} == {1}
+            held.set()
+            await until(lambda: len(got) == 200)
+            assert got == [b"%d" % n for n in range(200)]
+
+
+async def test_a_dictionary_that_is_taken_back_while_it_is_used() -> None:
+    """The message is packed again."""
+    data = b"0123456789" * 20_000
+    used: list[int] = []
+    withdrawn, packed = asyncio.Event(), asyncio.Event()
+
+    async def withdraw(talk: Conversation) -> None:
+        talk.session = s.BroadcasterSession(
+            AuthConfig(Nothing(), Nothing()), allow_zstd=True, allow_training=True
+        )
+        await talk.open()
+        await talk.socket.send(
+            talk.session.enable_custom(65_536, b"d" * 500, time.time(), level=3, min_size=32)
+        )
+        await packed.wait()
+        await talk.socket.send(talk.session.disable_custom(65_536, time.time()))
+        withdrawn.set()
+        event = await talk.next_message()
+        used.append(event.head.compressor)
+        await talk.answer(event, subscribers=1)
+        await talk.next_message()
+
+    async with broadcaster(withdraw) as server, make(server.url) as client:
+        await client_is_connected(client)
+        link: Any = client._transport.link  # type: ignore[attr-defined]
+        await until(lambda: 65_536 in link.session.compressors)
+        really = link._pack
+
+        async def slowly(notify: Any) -> Any:
+            result = await really(notify)
+            packed.set()
+            await until(lambda: 65_536 not in link.session.compressors)
+            return result
+
+        link._pack = slowly
+        assert (await client.notify(topic=b"t", data=data)).notified == 1
+        assert used == [0]
+
+
+# Leaving
+
+
+async def test_leaving_with_direct_subscriptions() -> None:
+    """D23: the older client raises."""
+    async with broadcaster(obey) as server:
+        async with make(server.url) as client:
+            await client.direct_subscribe_exact(topic=b"t")
+            await client.direct_subscribe_glob(glob="*")
+
+
+async def test_leaving_waits_a_bounded_time_for_a_goodbye() -> None:
+    async def mute(talk: Conversation) -> None:
+        await talk.open()
+        talk.socket.transport.pause_reading()
+        await asyncio.sleep(DEADLINE)
+
+    async with broadcaster(mute, close_timeout=0.1) as server:
+        async with make(server.url, websocket_close_timeout=0.1) as client:
+            await client_is_connected(client)
+            started = time.monotonic()
+        assert time.monotonic() - started < 5
+        server_tasks = [t for t in asyncio.all_tasks() if "handle" in repr(t.get_coro())]
+        for task in server_tasks:
+            task.cancel()
+
+
+@pytest.mark.parametrize("turns", range(0, 30, 3))
+async def test_entering_and_leaving_at_any_moment(turns: int) -> None:
+    async with broadcaster(obey) as server:
+        async with make(server.url) as client:
+            calls = [
+                asyncio.create_task(client.notify(topic=b"t", data=b"x")),
+                asyncio.create_task(client.subscribe_exact(b"t").__aenter__()),
+            ]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        done, _ = await asyncio.wait(calls)
+        for task in done:
+            expected = (PubSubError, RuntimeError) if turns == 0 else PubSubError
+            assert task.exception() is None or isinstance(task.exception(), expected)
+
+
+async def test_a_cancelled_notify_is_harmless() -> None:
+    """D13: the late answer ends the older client."""
+    answers: asyncio.Queue[None] = asyncio.Queue()
+
+    async def slow(talk: Conversation) -> None:
+        await talk.open()
+        while True:
+            event = await talk.next_message()
+            await answers.get()
+            await talk.answer(event, subscribers=1)
+
+    async with broadcaster(slow) as server, make(server.url) as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await client.notify(topic=b"t", data=b"x")
+        answers.put_nowait(None)
+        answers.put_nowait(None)
+        assert (await client.notify(topic=b"u", data=b"x")).notified == 1
+        assert server.connections == 1
