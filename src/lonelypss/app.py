@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import Fanout
+from lonelypss.health import Health
 from lonelypss.intake import Intake
 from lonelypss.missed import MissedNotices
 from lonelypss.peers import Peers, Registry
@@ -54,6 +55,7 @@ class Broadcaster:
         self.table: dict[str, ASGIApp] = {
             **self.routes.table,
             **self.peers.table,
+            **Health(self.routes).table,
             WEBSOCKET: self.websockets,
         }
         self._running = AsyncExitStack()

@@ -266,6 +266,11 @@ Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port t
     envvar="LONELYPSS_GRACE", help="Seconds that running requests get when it stops.",
 )  # fmt: skip
 @click.option(
+    "--drain", type=click.IntRange(0, 3600), default=0, show_default=True,
+    envvar="LONELYPSS_DRAIN", help="Seconds that it goes on when it is to stop, while /readyz says"
+    " 503: as long as a load balancer takes to notice.",
+)  # fmt: skip
+@click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
     show_default=True, envvar="LONELYPSS_LOG_LEVEL", help="Of the log on stderr.",
 )  # fmt: skip
@@ -278,6 +283,7 @@ def serve(
     port: int,
     workers: int,
     grace: int,
+    drain: int,
     log_level: str,
     as_json: bool,
 ) -> None:
@@ -287,7 +293,7 @@ def serve(
     """
     from lonelypss import server
 
-    settings = server.Settings(loaded.config, secrets, grace, log_level)
+    settings = server.Settings(loaded.config, secrets, grace, drain, log_level)
     in_memory = not Database.at(loaded.config.db).is_shared
     if in_memory and workers > 1:
         raise ConfigError(

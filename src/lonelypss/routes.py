@@ -124,7 +124,12 @@ async def respond(
 
 
 class Routes:
-    """The endpoints of one broadcaster."""
+    """The endpoints of one broadcaster.
+
+    Attributes:
+        leaving: it is going to stop, and should get no more work.
+        draining: it refuses new messages.
+    """
 
     def __init__(
         self, config: BroadcasterConfig, store: Store, fanout: Fanout, intake: Intake
@@ -133,6 +138,7 @@ class Routes:
         self.store = store
         self.fanout = fanout
         self.intake = intake
+        self.leaving = False
         self.draining = False
         self.notifies = 0
         handlers: dict[str, Callable[[Scope, Receive], Awaitable[bytes]]] = {

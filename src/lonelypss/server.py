@@ -48,12 +48,14 @@ class Settings:
         config: without its authorization.
         secrets: path of the secrets file; None: no authorization.
         grace: seconds that running requests get when the broadcaster stops.
+        drain: seconds before that, in which only /readyz knows.
         log_level: name of a level of `logging`.
     """
 
     config: BroadcasterConfig
     secrets: str | None
     grace: int
+    drain: int
     log_level: str
 
     def app(self) -> App:
@@ -215,10 +217,13 @@ def _leave_all(burst: list[bytes]) -> list[bytes]:
 class _Server(uvicorn.Server):
     """uvicorn, but a stop on request ends with status 0, and nothing new is started meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, app: App, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: App, announce: Callable[[], None], drain: float
+    ) -> None:
         super().__init__(config)
         self._app = app
         self._announce = announce
+        self._drain = drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -245,7 +250,12 @@ class _Server(uvicorn.Server):
         self.handle_exit(signal.SIGTERM, None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._app.broadcaster.routes.draining = True
+        routes = self._app.broadcaster.routes
+        if self._drain and not routes.leaving:  # a second signal does not wait
+            routes.leaving = True
+            asyncio.get_running_loop().call_later(self._drain, self.handle_exit, sig, frame)
+            return
+        routes.leaving = routes.draining = True
         super().handle_exit(sig, frame)
 
 
@@ -268,7 +278,7 @@ def _run(
         backlog=_BACKLOG,
         timeout_graceful_shutdown=settings.grace,
     )
-    _Server(config, app, announce).run(sockets=list(sockets))
+    _Server(config, app, announce, settings.drain).run(sockets=list(sockets))
 
 
 def _work(settings: Settings, sockets: Sequence[socket.socket]) -> None:
