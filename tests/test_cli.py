@@ -170,7 +170,7 @@ def test_serve_says_that_the_port_is_taken(tmp_path: Path) -> None:
 def test_serve_refuses_workers_without_a_common_database(tmp_path: Path) -> None:
     result = run("lonelypss", "serve", "--db=sqlite://", "--workers=2", cwd=tmp_path)
     assert result.returncode == 2
-    assert "--workers 2 needs one in a file" in result.stderr
+    assert "--workers 2 needs one that they can share" in result.stderr
 
 
 def test_serve_without_secrets_warns_loudly(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -298,3 +299,29 @@ async def test_closed(url: str) -> None:
         await store.close()
         with pytest.raises(StoreUnavailable, match="closed"):
             await store.match(b"t")
+
+
+async def test_nobody_is_forgotten_who_asks_when_the_last_answer_is_given(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(DEADLINE), opened(url) as (store,):
+        gate, begun = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def match(topics: list[bytes]) -> list[list[Any]]:
+            begun.release()
+            await gate.wait()
+            return [[] for _ in topics]
+
+        async def late() -> None:
+            await gate.wait()  # in the same turn of the loop as those who answer
+            await store.match(b"late")
+
+        monkeypatch.setattr(store, "_match", match)
+        asked = []
+        for topic in (b"1", b"2"):  # one after the other, so that each is a question of its own
+            asked.append(asyncio.create_task(store.match(topic)))
+            await begun.acquire()
+        asked.append(asyncio.create_task(late()))
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*asked)

@@ -81,7 +81,7 @@ class PostgresStore:
         with self._errors.at_start():
             self._pool = await asyncpg.create_pool(
                 self._url,
-                min_size=1,
+                min_size=0,
                 max_size=self._pool_size,
                 timeout=5.0,
                 reset=_nothing_to_reset,
@@ -122,16 +122,15 @@ class PostgresStore:
             future = asyncio.get_running_loop().create_future()
             self._asked[topic] = future
             if len(self._askers) < _ASKING:
-                asker = asyncio.create_task(self._ask())
-                self._askers.add(asker)
-                asker.add_done_callback(self._askers.discard)
+                self._askers.add(asyncio.create_task(self._ask()))
         return await asyncio.shield(future)
 
     def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:
         return None
 
     async def _ask(self) -> None:
-        """Answers until nobody asks."""
+        """Answers until nobody asks, and is gone in the same moment: whoever comes then starts
+        another one."""
         while self._asked:
             batch = dict(list(self._asked.items())[:_AT_ONCE])
             for topic in batch:
@@ -145,6 +144,9 @@ class PostgresStore:
                 continue
             for future, subscriptions in zip(batch.values(), found, strict=True):
                 future.set_result(subscriptions)
+        task = asyncio.current_task()
+        assert task is not None
+        self._askers.discard(task)
 
     async def _match(self, topics: list[bytes]) -> list[list[Subscription]]:
         rows = await self._read("match", topics)
@@ -338,7 +340,12 @@ class PostgresStore:
         try:
             async with asyncio.timeout(timeout or self._timeout):
                 async with pool.acquire(timeout=self._timeout) as db:
-                    return await work(db)
+                    try:
+                        return await work(db)
+                    except BaseException as e:
+                        if not _code(e):  # not the server's word: who knows what it is doing
+                            db.terminate()
+                        raise
         except Exception as e:
             raise self._errors.explained(e) from e
 
@@ -436,7 +443,7 @@ class _Errors:
     """What errors of asyncpg mean."""
 
     def __init__(self, asyncpg: Any, name: str) -> None:
-        self._broken = (OSError, asyncpg.InterfaceError)
+        self._broken = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
         self._others = (TimeoutError, asyncpg.DataError)  # which are among those
         self._name = name
 
