@@ -78,7 +78,7 @@ class Subscriber:
 
 
 async def main(role: str, port: str) -> None:
-    async with redis.asyncio.Redis(host="127.0.0.1", port=int(port)) as client:
+    async with redis.asyncio.Redis(host="127.0.0.1", port=int(port), max_connections=500) as client:
         if role == "publisher":
             peer: Publisher | Subscriber = Publisher(client)
             await peer.start()  # type: ignore[union-attr]

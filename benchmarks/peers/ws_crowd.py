@@ -88,11 +88,11 @@ class Peer(asyncio.Protocol):
         """The next protocol message; pings are answered."""
         buffer = self.buffer
         while len(buffer) >= 2:
-            opcode, length, at = buffer[0] & 15, buffer[1] & 127, 2
+            opcode, length, at = buffer[0] & 15, buffer[1], 2
+            assert length < 127, "masked, or too long for this peer"
             if length == 126:
                 length, at = int.from_bytes(buffer[2:4], "big"), 4
-            if length == 127 or len(buffer) < at + length:
-                assert length != 127
+            if len(buffer) < at + length:
                 return None
             frame, self.buffer = buffer[at : at + length], buffer[at + length :]
             if opcode == 2:

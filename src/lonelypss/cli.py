@@ -293,7 +293,7 @@ def serve(
     """
     from lonelypss import server
 
-    settings = server.Settings(loaded.config, secrets, grace, drain, log_level)
+    settings = server.Settings(loaded.config, secrets, grace, log_level, drain)
     in_memory = not Database.at(loaded.config.db).is_shared
     if in_memory and workers > 1:
         raise ConfigError(

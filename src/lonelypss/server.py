@@ -48,15 +48,15 @@ class Settings:
         config: without its authorization.
         secrets: path of the secrets file; None: no authorization.
         grace: seconds that running requests get when the broadcaster stops.
-        drain: seconds before that, in which only /readyz knows.
         log_level: name of a level of `logging`.
+        drain: seconds before that stop, in which only /readyz knows of it.
     """
 
     config: BroadcasterConfig
     secrets: str | None
     grace: int
-    drain: int
     log_level: str
+    drain: int = 0
 
     def app(self) -> App:
         auth = AuthConfig(Nothing(), Nothing())
