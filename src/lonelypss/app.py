@@ -7,19 +7,23 @@ manager with a `router` to include and a `lifespan` to hand to FastAPI.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import Fanout
 from lonelypss.health import Health
 from lonelypss.intake import Intake
+from lonelypss.metrics import NO_METRICS, PrometheusMetrics
 from lonelypss.missed import MissedNotices
 from lonelypss.peers import Peers, Registry
-from lonelypss.routes import ASGIApp, Receive, Routes, Scope, Send, respond
+from lonelypss.routes import Routes
 from lonelypss.sender import Sender
-from lonelypss.store.base import Store
+from lonelypss.store.base import Store, StoreUnavailable
 from lonelypss.store.choose import make_store
 from lonelypss.websocket import Connection, Websockets
 
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
 
 WEBSOCKET = "/v1/websocket"
+
+_SAMPLE_INTERVAL = 2.0
+_COUNT_INTERVAL = 30.0
 
 
 class Broadcaster:
@@ -44,18 +51,22 @@ class Broadcaster:
         self.config = config
         self.store = make_store(config) if store is None else store
         self.sender = Sender(config)
-        self.missed = MissedNotices(config, self.store, self.sender)
+        self.metrics = PrometheusMetrics() if config.metrics else NO_METRICS
+        self.missed = MissedNotices(config, self.store, self.sender, self.metrics)
         self.intake = Intake(config)
         registry: Registry[Connection] = Registry()
-        self.websockets = Websockets(config, registry, self.intake)
-        self.fanout = Fanout(config, self.store, self.sender, self.missed, self.websockets)
+        self.websockets = Websockets(config, registry, self.intake, self.metrics)
+        self.fanout = Fanout(
+            config, self.store, self.sender, self.missed, self.websockets, self.metrics
+        )
         self.websockets.fanout = self.fanout
         self.peers = Peers(config, self.store, registry, self.intake, self.websockets)
-        self.routes = Routes(config, self.store, self.fanout, self.intake)
+        self.routes = Routes(config, self.store, self.fanout, self.intake, self.metrics)
         self.table: dict[str, ASGIApp] = {
             **self.routes.table,
             **self.peers.table,
             **Health(self.routes).table,
+            **self.metrics.table,
             WEBSOCKET: self.websockets,
         }
         self._running = AsyncExitStack()
@@ -87,6 +98,9 @@ class Broadcaster:
             starting.push_async_callback(_end, sweeper)
             watch = asyncio.create_task(self.websockets.watch(), name="slow websockets")
             starting.push_async_callback(_end, watch)
+            if self.metrics.enabled:
+                sampler = asyncio.create_task(self._sample(), name="gauges")
+                starting.push_async_callback(_end, sampler)
             await starting.enter_async_context(self.peers)
             starting.push_async_callback(self.websockets.close)
             self._running = starting.pop_all()
@@ -94,6 +108,27 @@ class Broadcaster:
 
     async def __aexit__(self, *_: object) -> None:
         await self._running.aclose()
+
+    async def _sample(self) -> None:
+        """Keeps the gauges fresh. Counting rows takes time, so that is done seldom."""
+        counted = -math.inf
+        while True:
+            values: dict[str, float] = {
+                "websockets": len(self.websockets.connections),
+                "websocket_queue": sum(c.waiting for c in self.websockets.connections),
+                "outgoing_connections": self.sender.connections,
+                "outgoing_queue": self.sender.waiting,
+                "notifies_in_flight": self.routes.notifies,
+                "spool_bytes": self.intake.used,
+            }
+            if time.monotonic() - counted >= _COUNT_INTERVAL:
+                with suppress(StoreUnavailable):  # /readyz tells of that
+                    rows = await self.store.counts()
+                    values["missed_backlog"] = rows["missed"]
+                    values["subscriptions"] = rows["exact"] + rows["glob"]
+                    counted = time.monotonic()
+            self.metrics.sample(values)
+            await asyncio.sleep(_SAMPLE_INTERVAL)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

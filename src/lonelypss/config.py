@@ -60,6 +60,12 @@ class BroadcasterConfig:
         " gets longer.",
         least=0.01,
     )
+    metrics: bool = _option(
+        False,
+        "true | false",
+        "Whether GET /metrics answers, for Prometheus, without authorization. Needs the package"
+        " prometheus-client (pip install 'lonelypsc[metrics]').",
+    )
     message_body_spool_size: int = _option(
         10 * MIB,
         "bytes",

@@ -21,6 +21,7 @@ from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.spool import Body
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
+from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.missed import MissedNotices
 from lonelypss.sender import (
     Post,
@@ -71,12 +72,14 @@ class Fanout:
         sender: Sender,
         missed: MissedNotices,
         local: Local,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self.config = config
         self.store = store
         self.sender = sender
         self.missed = missed
         self.local = local
+        self.metrics = metrics
 
     async def notify(self, topic: bytes, body: Body) -> int:
         """Delivers one message to all its subscribers at once and waits for all answers.
@@ -98,7 +101,10 @@ class Fanout:
 
     async def match(self, topic: bytes, since: float = math.inf) -> dict[str, list[Subscription]]:
         """The matching subscriptions of each url that is not our own; see `Store.match`."""
-        return self._by_url(await self.store.match(topic, since))
+        started = time.monotonic()
+        found = await self.store.match(topic, since)
+        self.metrics.matched(time.monotonic() - started)
+        return self._by_url(found)
 
     def urls_known(self, topic: bytes, since: float) -> dict[str, list[Subscription]] | None:
         """As `match`, if that is known without waiting; else None."""
@@ -140,6 +146,7 @@ class Round:
         self.urls = urls
         self.open = set(urls)
         self.count = 0
+        self.started = time.monotonic()
         self.failed: list[str] = []
         self.unsubscribed: list[str] = []
         self.journaled: list[tuple[Subscription, bytes]] = []
@@ -173,11 +180,11 @@ class Round:
 
     def confirm(self, url: str, count: int) -> None:
         self.count += count
-        self._settled(url)
+        self._settled(url, "confirmed")
 
     def unsubscribe(self, url: str) -> None:
         self.unsubscribed.append(url)
-        self._settled(url)
+        self._settled(url, "unsubscribed")
 
     def fail(self, url: str, reason: str) -> None:
         recoverable = any(s.recovery for s in self.urls[url])
@@ -189,9 +196,10 @@ class Round:
             "a MISSED notice follows" if recoverable else "it has no recovery url, nothing follows",
         )
         self.failed.append(url)
-        self._settled(url)
+        self._settled(url, "failed")
 
-    def _settled(self, url: str) -> None:
+    def _settled(self, url: str, outcome: str) -> None:
+        self.fanout.metrics.delivered(outcome, time.monotonic() - self.started)
         self.open.discard(url)
         if not self.open and not self.done.done():
             self.done.set_result(None)

@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 
-from lonelypss.routes import Receive, Routes, Scope, Send, respond
+from lonelypss.asgi import Receive, Scope, Send, respond
+from lonelypss.routes import Routes
 from lonelypss.store.base import StoreUnavailable
 
 log = logging.getLogger(__name__)

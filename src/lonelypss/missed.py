@@ -16,6 +16,7 @@ from lonelypsp.bodies import Missed, ResponseConfirmMissed
 from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig
+from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import (
     Post,
     Reply,
@@ -39,10 +40,17 @@ RETRY_AFTER_RANGE = (1.0, 3600.0)
 class MissedNotices:
     """Records failures and sends the notices that are due. `run` is the sweeper."""
 
-    def __init__(self, config: BroadcasterConfig, store: Store, sender: Sender) -> None:
+    def __init__(
+        self,
+        config: BroadcasterConfig,
+        store: Store,
+        sender: Sender,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self.config = config
         self.store = store
         self.sender = sender
+        self.metrics = metrics
         self._wake = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._journal: dict[tuple[int, bytes], _Note] = {}
@@ -63,6 +71,7 @@ class MissedNotices:
         if not items or delay is None:
             return
         await self.store.record_missed(items, time.time() + delay + extra)
+        self.metrics.notice("recorded", len(items))
         self._wake.set()
 
     async def journal(self, items: Sequence[tuple[Subscription, bytes]], grace: float) -> None:
@@ -169,6 +178,7 @@ class MissedNotices:
     async def _settle(self, notice: MissedNotice, failure: Reply | None) -> None:
         if failure is None:
             log.info("%r knows that it missed %r", notice.recovery, notice.topic)
+            self.metrics.notice("confirmed")
             await self.store.finish_missed(notice, time.time())
             return
         delay = self.config.missed_delay(notice.attempts + 1)
@@ -181,6 +191,7 @@ class MissedNotices:
             failure.error or f"status {failure.status}",
             what_next,
         )
+        self.metrics.notice("given_up" if delay is None else "retried")
         if delay is None:
             await self.store.finish_missed(notice, time.time())
         else:

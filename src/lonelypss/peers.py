@@ -31,19 +31,10 @@ from lonelypsp.errors import AuthResult
 from lonelypsp.interests import Interests, Topics
 from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, decode, encode
+from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig, ConfigError, Database
 from lonelypss.intake import Intake, fill
-from lonelypss.routes import (
-    _AUTH_TEXTS,
-    ASGIApp,
-    Receive,
-    Refused,
-    Route,
-    Scope,
-    Send,
-    _chunk,
-    respond,
-)
+from lonelypss.routes import _AUTH_TEXTS, Refused, Route, _chunk
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -34,18 +34,15 @@ from lonelypsp.bodies import (
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
+from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import Fanout
 from lonelypss.intake import Intake, NoRoom, fill
+from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 
 log = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LONG_LIST = 100_000
 """Bytes from which a list of subscriptions is taken apart in a thread."""
@@ -67,8 +64,13 @@ class Disconnected(Exception):
 class Route:
     """One endpoint as an ASGI callable."""
 
-    def __init__(self, handler: Callable[[Scope, Receive], Awaitable[bytes]]) -> None:
+    def __init__(
+        self,
+        handler: Callable[[Scope, Receive], Awaitable[bytes]],
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self._handler = handler
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,12 +79,15 @@ class Route:
         if scope["method"] != "POST":
             await respond(send, 405, b'{"detail":"Method Not Allowed"}', b"application/json")
             return
+        status, started = 200, time.monotonic()
         try:
             body = await self._handler(scope, receive)
         except Disconnected:
+            status = 499
             log.info("%s: the peer left before its request was complete", scope["path"])
         except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, NoRoom) as e:
             refused = as_refused(e)
+            status = refused.status
             level = logging.WARNING if refused.status >= 500 else logging.INFO
             log.log(level, "%r answered %d: %s", scope["path"], refused.status, refused)
             text = f"{refused}\n".encode()
@@ -91,6 +96,7 @@ class Route:
             )
         else:
             await respond(send, 200, body, b"application/octet-stream")
+        self._metrics.request(scope["path"], status, time.monotonic() - started)
 
 
 def as_refused(e: Exception) -> Refused:
@@ -109,20 +115,6 @@ def as_refused(e: Exception) -> Refused:
     raise e
 
 
-async def respond(
-    send: Send, status: int, body: bytes, content_type: bytes, retry_after: int | None = None
-) -> None:
-    """A whole answer. Older peers need the body in one write."""
-    headers = [
-        (b"content-type", content_type),
-        (b"content-length", b"%d" % len(body)),
-    ]
-    if retry_after is not None:
-        headers.append((b"retry-after", b"%d" % retry_after))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 class Routes:
     """The endpoints of one broadcaster.
 
@@ -132,7 +124,12 @@ class Routes:
     """
 
     def __init__(
-        self, config: BroadcasterConfig, store: Store, fanout: Fanout, intake: Intake
+        self,
+        config: BroadcasterConfig,
+        store: Store,
+        fanout: Fanout,
+        intake: Intake,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self.config = config
         self.store = store
@@ -150,7 +147,10 @@ class Routes:
             "/v1/set_subscriptions": self.set_subscriptions,
             "/v1/notify": self.notify,
         }
-        self.table: Mapping[str, ASGIApp] = {path: Route(h) for path, h in handlers.items()}
+        self.metrics = metrics
+        self.table: Mapping[str, ASGIApp] = {
+            path: Route(handler, metrics) for path, handler in handlers.items()
+        }
 
     async def subscribe_exact(self, scope: Scope, receive: Receive) -> bytes:
         request = decode(SubscribeExact, await self._whole_body(receive))
@@ -220,7 +220,7 @@ class Routes:
             why = "stopping" if self.draining else "busy (max_notifies)"
             raise Refused(503, f"this broadcaster is {why}", 1)
         self.notifies += 1
-        received_ns = time.time_ns()
+        received_ns, started = time.time_ns(), time.monotonic()
         try:
             head, rest, more = await _notify_head(receive)
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
@@ -231,6 +231,7 @@ class Routes:
                     count = await self.fanout.notify(head.topic, body)
         finally:
             self.notifies -= 1
+        self.metrics.notified("http", time.monotonic() - started)
         tracing = smallest_trace(received_ns, time.time_ns())
         authorization = self._authorize(scope, tracing, {**signed, "subscribers": count})
         return encode(ResponseNotify(authorization, tracing, count, head.identifier))

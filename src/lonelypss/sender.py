@@ -174,6 +174,11 @@ class Sender:
         self._hosts: dict[tuple[str, str, int], _Host] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def waiting(self) -> int:
+        """How many posts wait for a connection."""
+        return sum(len(host.waiting) for host in self._hosts.values())
+
     def open(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.closed = False

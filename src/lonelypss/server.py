@@ -10,8 +10,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -27,6 +28,7 @@ from lonelypsp.onewrite import OneWrite
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
+from lonelypss.metrics import forget_worker
 from lonelypss.secrets import load_auth, replay_path
 from lonelypss.websocket import BURST, as_closing
 
@@ -117,7 +119,11 @@ def serve(
         if workers == 1:
             _run(settings, sockets, announce)
             return 0
-        return _Workers(settings, sockets, workers).run(announce)
+        with ExitStack() as stack:
+            if settings.config.metrics and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+                shared = stack.enter_context(tempfile.TemporaryDirectory(prefix="lonelypss-"))
+                os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # before a worker imports it
+            return _Workers(settings, sockets, workers).run(announce)
     finally:
         for sock in sockets:
             sock.close()
@@ -317,6 +323,7 @@ class _Workers:
                 log.error(
                     "worker %d ended with status %s; starting another", dead.pid, dead.exitcode
                 )
+                forget_worker(dead.pid or 0)
                 wait([self._wake_read], _RESTART_PAUSE)
                 processes[processes.index(dead)] = self._start()
         for process in processes:

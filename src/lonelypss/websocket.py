@@ -28,13 +28,15 @@ from lonelypsp.compression import decompress, decompress_pieces
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.interests import Topics
 from lonelypsp.spool import Body, Spool
+from lonelypss.asgi import Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
 from lonelypss.dictionaries import Dictionaries, Dictionary, Offer, Withdrawal
 from lonelypss.fanout import Fanout
 from lonelypss.intake import Intake, write
+from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.outgoing import INLINE, Notice, Outgoing, Waiting
 from lonelypss.peers import Registry
-from lonelypss.routes import Receive, Refused, Scope, Send, as_refused, respond
+from lonelypss.routes import Refused, as_refused
 from lonelypss.store.base import Subscription
 
 log = logging.getLogger(__name__)
@@ -152,11 +154,18 @@ class Websockets:
         intake: where bodies are stored.
     """
 
-    def __init__(self, config: BroadcasterConfig, registry: Registry[Connection], intake: Intake):
+    def __init__(
+        self,
+        config: BroadcasterConfig,
+        registry: Registry[Connection],
+        intake: Intake,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self.config = config
         self.registry = registry
         self.intake = intake
         self.fanout: Fanout
+        self.metrics = metrics
         self.dictionaries = Dictionaries(config, self._changed)
         self.connections: set[Connection] = set()
         self.rounds = asyncio.Semaphore(config.max_notifies)
@@ -190,6 +199,7 @@ class Websockets:
         if body.data is not None:
             self.dictionaries.collect(body.data)
         outgoing = Outgoing(topic, body, self.intake)
+        self.metrics.queued(len(connections))
         for connection in connections:
             try:
                 connection.queue(outgoing.share())
@@ -524,6 +534,7 @@ class Connection:
             return False
         body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
         self._answer(event, self.hub.deliver_later(topic, body))
+        self.hub.metrics.notified("websocket", time.monotonic() - came)
         body.close()
         return True
 
@@ -536,19 +547,26 @@ class Connection:
             count = self.hub.deliver(topic, body)
             if urls:
                 await self.hub.rounds.acquire()
-                self.hub.spawn(self._post(event, body.share(), urls, count))
+                self.hub.spawn(self._post(event, body.share(), urls, count, came))
             else:
                 self._answer(event, count, body.sha512)
+                self.hub.metrics.notified("websocket", time.monotonic() - came)
         finally:
             body.close()
         await self._relief()
 
     async def _post(
-        self, event: s.BodyArrived, body: Body, urls: dict[str, list[Subscription]], count: int
+        self,
+        event: s.BodyArrived,
+        body: Body,
+        urls: dict[str, list[Subscription]],
+        count: int,
+        came: float,
     ) -> None:
         try:
             count += await self.hub.fanout.post(event.head.topic, body, urls)
             self._answer(event, count, body.sha512)
+            self.hub.metrics.notified("websocket", time.monotonic() - came)
         except Exception as e:  # noqa: BLE001 logged as what it is
             self.failed(e)
         finally:
@@ -606,6 +624,11 @@ class Connection:
             max_window_size=self.config.decompression_max_window_size,
         ):
             spool.write(piece)
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait."""
+        return len(self._waiting)
 
     # subscribing
 
