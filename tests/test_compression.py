@@ -332,6 +332,7 @@ def test_strange_dictionaries(dictionary: bytes) -> None:
     dictionary=st.sampled_from(list(DICTIONARIES.values())),
 )
 @example(plain=bytes(3 * MIB), level=3, dictionary=None)
+@example(plain=b"", level=0, dictionary=next(d for d in DICTIONARIES.values() if d is not None))
 def test_round_trip(plain: bytes, level: int, dictionary: bytes | None) -> None:
     data = compress(plain, dictionary=dictionary, level=level)
     back = decompress(

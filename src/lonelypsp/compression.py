@@ -32,6 +32,7 @@ MAX_WINDOW_SIZE = 8 * 1024 * 1024
 MAX_RATIO = 1000
 RATIO_FREE = 1024 * 1024
 """Bytes that may come out of however little: below this, ratios mean nothing."""
+_DEFAULT_LEVEL = 3
 MAX_LEVEL = 19
 """Levels above use windows of more than `MAX_WINDOW_SIZE`, which receivers refuse."""
 
@@ -258,6 +259,7 @@ def _dictionary(dictionary: bytes | None) -> zstandard.ZstdCompressionDict | Non
 
 @lru_cache(maxsize=64)
 def _encoder(dictionary: bytes | None, level: int, thread: int) -> Any:
+    level = level or _DEFAULT_LEVEL  # what 0 means to zstd, though not to its dictionaries
     prepared = None
     if dictionary is not None:
         prepared = _zstd().ZstdCompressionDict(dictionary)
