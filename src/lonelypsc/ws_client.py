@@ -8,7 +8,8 @@ outlive them: what is wanted, and the messages that are not confirmed.
 
 What is sent has an order: acknowledgements, then subscriptions, then messages, first come first
 served, those first that a lost connection left unconfirmed. Frames are dealt with where they
-arrive; one task per connection takes over where something has to be waited for.
+arrive; one task per connection takes over where something has to be waited for. Receivers of the
+program are awaited by another one: they may notify, and somebody has to read the answer to that.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
-from contextlib import closing
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from ssl import SSLContext, create_default_context
 from typing import Any, TypeAlias
 
@@ -98,6 +99,15 @@ class _Notify:
         self.result = result
         self.maybe_sent = False
 
+    def report(self, sent: int) -> None:
+        """Tells the program; what its callback raises, its call of notify raises."""
+        if self.result.done():
+            return
+        try:
+            self.content.report(sent)
+        except Exception as e:  # noqa: BLE001 whoever notifies gets it
+            self.fail(e)
+
     def fail(self, error: Exception) -> None:
         if not self.result.done():
             self.result.set_exception(error)
@@ -127,6 +137,10 @@ class WebsocketTransport:
         self._reason = ""  # why all was given up
         self._attempts: tuple[Attempt, ...] = ()
         self._tls: SSLContext | None = config.ssl_context
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.handing_over = asyncio.Lock()
+        """Held by who awaits receivers of the program: messages stay in order when a connection
+        follows another."""
 
     async def start(self, hub: Hub) -> None:
         websockets_package()  # an error now is better than one for each attempt
@@ -135,16 +149,33 @@ class WebsocketTransport:
 
     async def stop(self) -> None:
         self._give_up("the client was left")
-        if self.link is not None:
-            await self.link.socket.close(1000, "", self.config.websocket_close_timeout)
-        self._keeper.cancel()
-        await asyncio.wait((self._keeper,))
+        link, tasks = self.link, (self._keeper, *self._tasks)
+        for task in tasks:
+            task.cancel()
+        try:
+            if link is not None:
+                await link.socket.close(1000, "", self.config.websocket_close_timeout)
+        finally:
+            await asyncio.wait(tasks)
+
+    def spawn(self, work: Work) -> asyncio.Task[None]:
+        """A task that ends with the client at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # what the client asks for
 
     async def ensure(self, topics: Topics) -> None:
         self._check()
-        await self._settled([key for key in topics.keys if not self._has(key)])
+        keys = [key for key in topics.keys if not self._has(key)]
+        try:
+            await self._settled(keys)
+        except BaseException:
+            # then the hub does not want them any more, and the broadcaster may have them
+            asyncio.get_running_loop().call_soon(self._change, keys)
+            raise
 
     async def release(self, topics: Topics) -> None:
         if self.link is None or self._reason:
@@ -165,10 +196,9 @@ class WebsocketTransport:
             self.link.pump()
         try:
             return await notify.result
-        except asyncio.CancelledError:
-            if not notify.maybe_sent and notify in self.waiting:
+        finally:
+            with suppress(ValueError):  # it was cancelled
                 self.waiting.remove(notify)
-            raise
 
     def _check(self) -> None:
         if self._reason:
@@ -181,12 +211,15 @@ class WebsocketTransport:
         """Waits until the broadcaster has confirmed what is wanted of `keys`."""
         loop = asyncio.get_running_loop()
         futures = [self._confirming.setdefault(key, loop.create_future()) for key in keys]
-        if self.link is not None:
-            self.link.change(keys)
+        self._change(keys)
         if futures:
             await asyncio.wait(futures)
         for future in futures:
             future.result()
+
+    def _change(self, keys: Iterable[Key]) -> None:
+        if self.link is not None:
+            self.link.change(keys)
 
     def confirmed(self, key: Key) -> None:
         """The broadcaster agrees with us about `key`."""
@@ -194,20 +227,28 @@ class WebsocketTransport:
         if future is not None:
             future.set_result(None)
 
+    def refused(self, key: Key, error: Exception) -> bool:
+        """The broadcaster cannot even be asked about `key`; whether somebody waits for that."""
+        future = self._confirming.pop(key, None)
+        if future is not None:
+            future.set_exception(error)
+            future.exception()  # seen, even if whoever waited is gone
+        return future is not None
+
     # connections
 
     async def _keep(self) -> None:
         try:
             reason = await self._reconnect_forever()
-        except Exception:
+        except Exception as e:
             logger.exception("the websocket client failed in an unforeseen way")
-            reason = "an error of the client, see its log"
+            reason = f"an error of the client, see its log: {e!r}"
         self._give_up(reason)
         self.hub.abandoned(reason)
 
     async def _reconnect_forever(self) -> str:
         """Connects again and again; why that is given up."""
-        config, loop = self.config, asyncio.get_running_loop()
+        config = self.config
         shuffler = BroadcastersShuffler(config.broadcasters)
         attempts: list[Attempt] = []
         candidates, retries = iter(shuffler), 0
@@ -220,34 +261,42 @@ class WebsocketTransport:
                 await asyncio.sleep(min(2.0**retries, _LONGEST_PAUSE) + random.random())
                 candidates, retries = iter(shuffler), retries + 1
                 continue
-            started = loop.time()
-            outcome, opened = await self._one_connection(broadcaster)
+            outcome, lived = await self._one_connection(broadcaster)
             attempts.append(Attempt(broadcaster["host"], outcome, False))
             if self._reason:
                 break
             logger.warning("websocket to %s: %s", broadcaster["host"], outcome)
-            if opened and loop.time() - started >= config.outgoing_min_reconnect_interval:
+            if lived is not None and lived >= config.outgoing_min_reconnect_interval:
                 candidates, retries = iter(shuffler), 0
                 attempts.clear()
                 await asyncio.sleep(random.random() * _RECONNECT_SPREAD)
         return self._reason
 
-    async def _one_connection(self, broadcaster: PubSubBroadcasterConfig) -> tuple[str, bool]:
-        """Uses one broadcaster as long as that goes; how it ended, and whether it began."""
+    async def _one_connection(
+        self, broadcaster: PubSubBroadcasterConfig
+    ) -> tuple[str, float | None]:
+        """Uses one broadcaster as long as that goes; how it ended, and after how many seconds, or
+        None if it never began."""
         try:
             link = await self._connect(broadcaster)
         except TimeoutError:
-            return "no answer within websocket_open_timeout", False
+            return "no answer within websocket_open_timeout", None
         except PubSubError as e:
-            return str(e), False
+            return str(e), None
+        began = time.monotonic()
         logger.info("websocket to %s is open", broadcaster["host"])
-        self.link = link
+        self.link, patient = link, False
         try:
             await link.run(self._confirming)
             raise AssertionError("unreachable: a link runs until it fails")
         except PubSubError as e:
-            return str(e), True
+            return str(e), time.monotonic() - began
+        except asyncio.CancelledError:
+            patient = True  # `stop` says goodbye
+            raise
         finally:
+            if not patient:
+                link.socket.abort("given up")
             self.link = None
             self.waiting.extendleft(reversed(link.end()))
             self.hub.lost()
@@ -282,7 +331,8 @@ class WebsocketTransport:
         self.waiting.clear()
         for notify in left:
             if notify.maybe_sent:
-                notify.fail(PubSubRequestAmbiguousError(f"sent, but not confirmed: {reason}"))
+                text = f"sent, but not confirmed: {reason}"
+                notify.fail(PubSubRequestAmbiguousError(text, self._attempts))
             else:
                 notify.fail(PubSubRequestConnectionAbandonedError(reason, self._attempts))
         confirming, self._confirming = self._confirming, {}
@@ -346,13 +396,19 @@ class Link:
         self._making_part = False
         self._progress = asyncio.Event()
         self._work: Work | None = None  # for the reader; nothing else is received before it is done
+        self._handed: deque[tuple[s.BodyArrived, Body]] = deque()
+        """For receivers of the program. Not more than `Limits.owed`, since the broadcaster has no
+        answer to them; those above `receive_buffer_bytes` wait on disk."""
+        self._handed_bytes = 0
+        self._handing: asyncio.Task[None] | None = None
 
     async def configure(self) -> None:
         """Returns when the broadcaster has confirmed; raises PubSubError."""
         self.socket.send(self.session.configure(time.time()))
-        while (frame := self.socket.take()) is None:
-            await self.socket.arrived()
-        self._receive(frame)
+        with self._telling_why():
+            while (frame := self.socket.take()) is None:
+                await self.socket.arrived()
+            self.session.receive(frame, time.time())
 
     async def run(self, confirming: Iterable[Key]) -> None:
         """Until the connection is lost, which is raised as PubSubError.
@@ -365,17 +421,31 @@ class Link:
         self.change([*wanted.keys, *confirming])
         if not self._initial:
             self.hub.established()
-        await self._read()
+        with self._telling_why():
+            await self._read()
+
+    @contextmanager
+    def _telling_why(self) -> Iterator[None]:
+        """Tells the broadcaster what ends the connection, if it is not the socket."""
+        try:
+            yield
+        except RemoteProtocolError as e:
+            self.socket.fail(4000 + e.status, str(e))
+            raise ConnectionLost(f"the broadcaster broke the rules: {e}") from e
+        except OSError as e:
+            self.socket.fail(4507, "no room on the disk")
+            raise ConnectionLost(f"cannot store a message (spool_directory): {e}") from e
 
     def end(self) -> list[_Notify]:
-        """Frees everything; the messages that are to be sent again, in their order."""
+        """Frees everything but the socket; the messages that are to be sent again, in order."""
         if self._streaming is not None:
             self._streaming.cancel()
         self.session.close()
-        self.socket.abort("given up")
         self.socket.on_frames = _ignore
         if self._work is not None:
             self._work.close()
+        while self._handed:  # none was acknowledged, and there is a gap anyway
+            self._handed.popleft()[1].close()
         unfinished = self.session.unfinished
         if isinstance(unfinished, _Incoming):
             unfinished.spool.close()
@@ -412,12 +482,17 @@ class Link:
             if key not in self._in_flight:
                 self._agreed(key)
             return
-        if isinstance(key, bytes):
-            ask = session.subscribe_exact if wanted else session.unsubscribe_exact
-            frame = ask(key, now)
-        else:
-            ask_glob = session.subscribe_glob if wanted else session.unsubscribe_glob
-            frame = ask_glob(key, now)
+        try:
+            if isinstance(key, bytes):
+                ask = session.subscribe_exact if wanted else session.unsubscribe_exact
+                frame = ask(key, now)
+            else:
+                ask_glob = session.subscribe_glob if wanted else session.unsubscribe_glob
+                frame = ask_glob(key, now)
+        except Exception as e:  # noqa: BLE001 of the authenticator; whoever waits gets it
+            if not self.transport.refused(key, _told(e)):
+                self.socket.abort(f"cannot ask for {key!r}: {e!r}")
+            return
         self._expected.append(key)
         self._in_flight[key] = self._in_flight.get(key, 0) + 1
         self.socket.send(frame)
@@ -440,9 +515,8 @@ class Link:
 
     def pump(self) -> None:
         """Sends what the window and the socket have room for."""
-        session, waiting = self.session, self.transport.waiting
-        most = self.config.max_sent_notifications
-        while session.room > 0 and not self._making_part and self.socket.writable.is_set():
+        waiting, most = self.transport.waiting, self.config.max_sent_notifications
+        while not self._making_part and self._may_send:
             if self._changing:
                 self._send_change()
             elif waiting and self._streaming is None and (most is None or len(self._sent) < most):
@@ -450,23 +524,45 @@ class Link:
             else:
                 return
 
+    @property
+    def _may_send(self) -> bool:
+        """Whether there is room for one more frame that is to be answered."""
+        session, socket = self.session, self.socket
+        over = socket.end is not None or session.phase is not s.Phase.OPEN
+        return not over and session.room > 0 and socket.writable.is_set()
+
     def _send_message(self, notify: _Notify) -> None:
-        content = notify.content
         if notify.result.done():
             return  # nobody waits for it any more
         self._sent[notify] = None
+        try:
+            at_once = self._send_at_once(notify)
+        except Exception as e:  # noqa: BLE001 whoever notifies gets it
+            self._unsent(notify, e)
+        else:
+            if not at_once:
+                self._streaming = self.transport.spawn(self._stream(notify))
+
+    def _unsent(self, notify: _Notify, error: Exception) -> None:
+        del self._sent[notify]
+        notify.fail(_told(error))
+
+    def _send_at_once(self, notify: _Notify) -> bool:
+        """Sends a message as most are. False: it is not one of those."""
+        content = notify.content
         compressor = self.session.compressor_for(content.length)
         data: bytes | memoryview | None = content.view
-        if data is not None and (compressor is None or len(data) <= INLINE):
-            payload = _plain(notify)
-            if compressor is not None:
-                packed = compress(data, dictionary=compressor.dictionary, level=compressor.level)
-                if pays(content.length, len(packed)):
-                    data, payload = packed, _packed(notify, compressor, Body.of(packed))
-            if self.session.one_frame(payload):
-                self._send_whole(notify, payload, data)
-                return
-        self._streaming = asyncio.create_task(self._stream(notify))
+        if data is None or (compressor is not None and len(data) > INLINE):
+            return False
+        payload = _plain(notify)
+        if compressor is not None:
+            packed = compress(data, dictionary=compressor.dictionary, level=compressor.level)
+            if pays(content.length, len(packed)):
+                data, payload = packed, _packed(notify, compressor, Body.of(packed))
+        if not self.session.one_frame(payload):
+            return False
+        self._send_whole(notify, payload, data)
+        return True
 
     def _send_whole(self, notify: _Notify, payload: s.Payload, data: bytes | memoryview) -> None:
         frame = self.session.notify(payload, data, time.time())
@@ -476,7 +572,7 @@ class Link:
 
     async def _stream(self, notify: _Notify) -> None:
         """A message that needs time: to be read, compressed, or more frames than one."""
-        content, packed = notify.content, None
+        packed = None
         try:
             payload, packed = await self._pack(notify)
             await self._room()
@@ -484,23 +580,16 @@ class Link:
                 packed.close()  # the broadcaster has meanwhile taken back the dictionary
                 payload, packed = await self._pack(notify)
                 await self._room()
-            source: Content | Body = packed or content
+            source: Content | Body = packed or notify.content
             view = source.view if isinstance(source, Content) else source.data
-            if view is not None and self.session.one_frame(payload):
+            if notify.result.done():
+                del self._sent[notify]  # nobody waits for it any more
+            elif view is not None and self.session.one_frame(payload):
                 self._send_whole(notify, payload, view)
             else:
                 await self._send_parts(notify, payload, source)
-        except (OSError, ValueError) as e:
-            self._sent.pop(notify, None)
-            notify.fail(content.failure or e)
-        except LocalProtocolError as e:
-            self._sent.pop(notify, None)
-            notify.fail(PubSubRequestRefusedError(f"cannot be sent over this websocket: {e}"))
-        except Exception as e:
-            logger.exception("sending a message failed in an unforeseen way")
-            self._sent.pop(notify, None)
-            notify.fail(e)
-            self.socket.abort("an error of the client")
+        except Exception as e:  # noqa: BLE001 whoever notifies gets it
+            self._unsent(notify, e)
         finally:
             self._streaming = None
             if packed is not None:
@@ -533,13 +622,13 @@ class Link:
             finally:
                 self._making_part = False
             if isinstance(source, Content):
-                source.report(part.offset + part.length)
+                notify.report(part.offset + part.length)
             self.pump()
 
     async def _room(self) -> None:
-        """Waits until one more frame may be sent."""
-        while self.session.room <= 0 or not self.socket.writable.is_set():
-            if self.session.room <= 0:
+        """Waits until one more frame may be sent; for ever, if the connection is over."""
+        while not self._may_send:
+            if self.socket.writable.is_set():
                 self._progress.clear()
                 await self._progress.wait()
             await self.socket.writable.wait()
@@ -585,7 +674,7 @@ class Link:
             for _ in range(_BURST):
                 if self._work is not None or (frame := self.socket.take()) is None:
                     break
-                self._work = self._handle(self._receive(frame))
+                self._work = self._handle(self.session.receive(frame, time.time()))
             else:
                 self.pump()
                 return True
@@ -621,19 +710,12 @@ class Link:
 
     def _small_message(self, event: s.BodyArrived) -> bool:
         """A message as most are. False: it is not one of those."""
-        if event.body is None or event.compressor is not None or self.hub.waits_for_receivers:
+        if event.body is None or event.compressor is not None or self._must_hand_over:
             return False
         body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
         self.hub.offer(event.head.topic, body)
         self._acknowledge(event)
         return True
-
-    def _receive(self, frame: bytes) -> s.Event:
-        try:
-            return self.session.receive(frame, time.time())
-        except s.ConnectionBroken as e:
-            self.socket.fail(e.close_code, str(e))
-            raise ConnectionLost(f"the broadcaster broke the rules: {e}") from e
 
     def _answered(self, message: m.Message) -> None:
         about = self._expected.popleft()
@@ -642,8 +724,8 @@ class Link:
             self._changed(about)
         elif isinstance(message, m.ConfirmNotify):
             del self._sent[about]
+            about.report(about.content.length)
             if not about.result.done():
-                about.content.report(about.content.length)
                 about.result.set_result(message.subscribers)
 
     def _acknowledge(self, event: s.Owed) -> None:
@@ -651,16 +733,44 @@ class Link:
             self.socket.send_late(frame, self.session.peer_window // _ACKS_PART)
 
     async def _message(self, event: s.BodyArrived) -> None:
+        body = await self._body(event)
+        if not self._must_hand_over:
+            self.hub.offer(event.head.topic, body)
+            self._acknowledge(event)
+            return
+        if body.data is not None:
+            if self._handed_bytes + body.length > self.config.receive_buffer_bytes:
+                body = await asyncio.to_thread(self._to_disk, body.data)
+            else:
+                self._handed_bytes += body.length
+        self._handed.append((event, body))
+        if self._handing is None:
+            self._handing = self.transport.spawn(self._hand_over())
+
+    @property
+    def _must_hand_over(self) -> bool:
+        """Whether the next message has to be awaited, or to wait behind one that has."""
+        return self._handing is not None or self.hub.waits_for_receivers
+
+    async def _hand_over(self) -> None:
         try:
-            body = await self._body(event)
-        except RemoteProtocolError as e:
-            self.socket.fail(4000 + e.status, str(e))
-            raise ConnectionLost(f"the broadcaster broke the rules: {e}") from e
-        except OSError as e:
-            self.socket.fail(4507, "no room on the disk")
-            raise ConnectionLost(f"cannot store a message (spool_directory): {e}") from e
-        await self.hub.deliver(event.head.topic, body)
-        self._acknowledge(event)
+            async with self.transport.handing_over:
+                while self._handed:
+                    event, body = self._handed.popleft()
+                    if body.data is not None:
+                        self._handed_bytes -= body.length
+                    await self.hub.deliver(event.head.topic, body)
+                    self._acknowledge(event)
+        except Exception:
+            logger.exception("delivering a message failed in an unforeseen way")
+            self.socket.abort("an error of the client")
+        finally:
+            self._handing = None
+
+    def _to_disk(self, data: bytes) -> Body:
+        with Spool(len(data), memory_limit=-1, directory=self.config.spool_directory) as spool:
+            spool.write(data)
+            return spool.seal()
 
     async def _body(self, event: s.BodyArrived) -> Body:
         """The message as it was before compression."""
@@ -718,6 +828,13 @@ def _ignore() -> bool:
 
 async def _raise(e: Exception) -> None:
     raise e
+
+
+def _told(error: Exception) -> Exception:
+    """What the program is told when something of it cannot be sent."""
+    if isinstance(error, LocalProtocolError):
+        return PubSubRequestRefusedError(f"cannot be sent over this websocket: {error}")
+    return error
 
 
 def _plain(notify: _Notify) -> s.Payload:

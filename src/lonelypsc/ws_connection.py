@@ -39,6 +39,7 @@ class Socket(asyncio.Protocol):
         on_writable: called when that is so again.
         on_frames: called when frames have arrived while somebody is in `arrived`; whether that
             shall return now.
+        end: why nothing more can be sent; None: it can.
     """
 
     def __init__(self, url: str, *, max_size: int, max_frames: int, heartbeat: float) -> None:
@@ -61,12 +62,12 @@ class Socket(asyncio.Protocol):
         self.writable = asyncio.Event()
         self.writable.set()
         self._frames: deque[bytes] = deque()
-        self._begun: list[bytes] = []
+        self._begun = bytearray()  # a frame in fragments
         self._bytes = 0
         self._max_frames = max_frames
         self._paused = False
         self._reader: asyncio.Future[None] | None = None
-        self._end: str | None = None
+        self.end: str | None = None
         self._heartbeat = heartbeat
         self._heard = self._loop.time()
         self._asked = False
@@ -82,8 +83,8 @@ class Socket(asyncio.Protocol):
         """
         if self._frames:
             return
-        if self._end is not None:
-            raise ConnectionLost(self._end)
+        if self.end is not None:
+            raise ConnectionLost(self.end)
         self._reader = self._loop.create_future()
         try:
             await self._reader
@@ -103,14 +104,14 @@ class Socket(asyncio.Protocol):
 
     def send(self, frame: bytes) -> None:
         """Sends a frame at the end of this turn of the loop; after the end, it does nothing."""
-        if self._end is None:
+        if self.end is None:
             self._ws.send_binary(frame)
             self._flush_soon()
 
     def send_late(self, frame: bytes, most: int) -> None:
         """Sends a frame for which nobody waits: with the next other one, or when there are `most`
         of them, or after a moment. It saves the peer a wake-up for each."""
-        if self._end is None:
+        if self.end is None:
             self._ws.send_binary(frame)
             self._late += 1
             if self._late >= most:
@@ -119,14 +120,19 @@ class Socket(asyncio.Protocol):
                 self._late_timer = self._loop.call_later(_MOMENT, self._flush)
 
     async def close(self, code: int, reason: str, patience: float | None) -> None:
-        """Says goodbye and waits `patience` seconds for an answer."""
+        """Says goodbye and waits `patience` seconds for an answer; frames that come meanwhile are
+        dropped."""
         self.fail(code, reason)
-        await asyncio.wait((self._gone,), timeout=patience)
-        self.abort("")
+        while self.take() is not None:  # else the answer may never be read
+            pass
+        try:
+            await asyncio.wait((self._gone,), timeout=patience)
+        finally:
+            self.abort("")
 
     def fail(self, code: int, reason: str) -> None:
         """Tells the peer what it did wrong, without waiting for anything."""
-        if self._end is None:
+        if self.end is None:
             self._ws.send_close(code, reason.encode()[:120].decode("utf-8", "ignore"))
             self._ended(f"closed by us: {code} {reason}")
             self._flush()
@@ -164,7 +170,7 @@ class Socket(asyncio.Protocol):
             self._ended(f"the broadcaster breaks the rules of websockets: {self._ws.parser_exc}")
         if self._frames and self._reader is not None and self.on_frames():
             self._wake()
-        if self._flushing or not self._late or self._end is not None:
+        if self._flushing or not self._late or self.end is not None:
             self._flush()
         if not self._paused and self._is_full(1) and self._transport is not None:
             self._paused = True
@@ -195,12 +201,8 @@ class Socket(asyncio.Protocol):
     def _take(self, frame: Any) -> None:
         opcodes = self._opcodes
         if frame.opcode in self._data_frames:
-            self._begun.append(frame.data)
-            if frame.fin:
-                whole = self._begun[0] if len(self._begun) == 1 else b"".join(self._begun)
-                self._begun = []
-                self._frames.append(whole)
-                self._bytes += len(whole)
+            if self.end is None:
+                self._take_data(frame)
         elif frame.opcode is opcodes.CLOSE:
             close = self._ws.close_rcvd
             code, reason = (close.code, close.reason) if close else (ABNORMAL, "")
@@ -208,6 +210,17 @@ class Socket(asyncio.Protocol):
         elif frame.opcode is opcodes.TEXT:
             self._ws.fail(1003, "a text frame")
             self._ended("the broadcaster sent a text frame")
+
+    def _take_data(self, frame: Any) -> None:
+        whole = frame.data
+        if self._begun or not frame.fin:
+            self._begun += whole
+            if not frame.fin:
+                return
+            whole = bytes(self._begun)
+            self._begun.clear()
+        self._frames.append(whole)
+        self._bytes += len(whole)
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -246,9 +259,9 @@ class Socket(asyncio.Protocol):
 
     def _ended(self, why: str) -> None:
         """The first reason counts."""
-        if self._end is not None:
+        if self.end is not None:
             return
-        self._end = why
+        self.end = why
         if not self._opened.done():
             self._opened.set_exception(ConnectionLost(why))
             self._opened.exception()  # seen, even if nobody waits
@@ -292,7 +305,7 @@ async def connect(
             lambda: socket, parts.hostname or "", parts.port or _PORTS[parts.scheme], ssl=tls
         )
         await socket.opened()
-    except OSError as e:
+    except (OSError, UnicodeError) as e:  # UnicodeError: of a name that no host can have
         raise ConnectionLost(f"cannot connect: {e}") from e
     except BaseException:
         socket.abort("given up")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lonelypsc.config.config import (
     PubSubBroadcasterConfig,
@@ -42,7 +43,7 @@ class WebsocketPubSubConfig:
         broadcasters: e.g. `[{"host": "ws://127.0.0.1:3003"}]`, optionally with `priority`.
         outgoing_initial_connect_retries: further rounds over all broadcasters, after the first,
             with growing pauses of up to a minute; then the client is ABANDONED; default 10.
-        outgoing_min_reconnect_interval: seconds; a connection that breaks sooner counts as a
+        outgoing_min_reconnect_interval: seconds; a connection that was open for less counts as a
             failed try; default 1.
         max_websocket_message_size: bytes of a frame sent; larger messages go in parts; None: no
             limit; default 3,670,016. Broadcasters take 16 MiB by default.
@@ -107,7 +108,7 @@ class WebsocketPubSubConfig:
     initial_compression_dict_id: int | None = None
     allow_training_compression: bool = True
     decompression_max_window_size: int = 8 * MIB
-    auth: AuthConfig = field(kw_only=False, default=None, repr=False)  # type: ignore[assignment]
+    auth: AuthConfig = field(default=None, repr=False)  # type: ignore[assignment]
     max_websocket_receive_size: int = 17 * MIB
     message_body_spool_size: int = DEFAULT_MEMORY_LIMIT
     max_receive_body: int = 64 * 1024 * MIB
@@ -122,6 +123,10 @@ class WebsocketPubSubConfig:
         object.__setattr__(self, "broadcasters", hosts)
         if not hosts:
             raise ValueError("broadcasters: at least one is needed")
+        for host in hosts:
+            parts = urlsplit(host["host"])
+            if parts.username is not None and parts.password is None:
+                raise ValueError("broadcasters: a user in a host needs a password, too")
         check_auth(self.auth)
         at_least("outgoing_initial_connect_retries", self.outgoing_initial_connect_retries, 0)
         for name, least in _COUNTS.items():
@@ -133,6 +138,12 @@ class WebsocketPubSubConfig:
                 f" {self.max_expected_acks}: older broadcasters disconnect who sends more"
             )
         positive("websocket_heartbeat_interval", self.websocket_heartbeat_interval, "seconds")
+        if self.outgoing_min_reconnect_interval != 0:
+            positive(
+                "outgoing_min_reconnect_interval",
+                self.outgoing_min_reconnect_interval,
+                "seconds, or 0",
+            )
         for name in ("websocket_open_timeout", "websocket_close_timeout"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name), "seconds, or None for no limit")
@@ -141,9 +152,13 @@ class WebsocketPubSubConfig:
             raise ValueError(
                 f"initial_compression_dict_id: {wish} is not in compression_dictionary_by_id"
             )
-        for id in self.compression_dictionary_by_id:
-            if not WITHOUT_DICTIONARY < id < FIRST_CUSTOM:
-                raise ValueError(f"compression_dictionary_by_id: id {id} is not 2 to 65535")
+        for id, entry in self.compression_dictionary_by_id.items():
+            if not (isinstance(id, int) and WITHOUT_DICTIONARY < id < FIRST_CUSTOM):
+                raise ValueError(f"compression_dictionary_by_id: id {id!r} is not 2 to 65535")
+            if not (isinstance(entry, Sequence) and len(entry) == 2):
+                raise ValueError(
+                    f"compression_dictionary_by_id: give (dictionary, level) for id {id}"
+                )
 
     @property
     def presets(self) -> dict[int, bytes]:
