@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO
 
@@ -46,6 +47,8 @@ class Content:
         self._file = sync_file
         self._length = length
         self._offset = 0
+        # a try that was given up may still be reading in its thread when the next one begins
+        self._seeking = threading.Lock()
         self._progress = progress
         self.sha512 = sha512 or b""
         self.length = 0
@@ -152,5 +155,6 @@ class Content:
 
     def _read_at(self, offset: int, size: int) -> bytes:
         assert self._file is not None
-        self._file.seek(offset)
-        return self._file.read(size)
+        with self._seeking:
+            self._file.seek(offset)
+            return self._file.read(size)

@@ -159,6 +159,7 @@ class Spool:
         self._hash = hashlib.sha512()
         self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
+        self._closed = False
         if length > memory_limit:
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         self._freed = freed
@@ -173,7 +174,10 @@ class Spool:
         Raises:
             RemoteProtocolError: the body is longer than declared.
             OSError: the disk is full or broken.
+            ValueError: it is closed; whoever writes in a thread may not know.
         """
+        if self._closed:
+            raise ValueError("the spool is closed")
         self.written += len(chunk)
         if self.written > self.length:
             raise RemoteProtocolError(
@@ -210,6 +214,7 @@ class Spool:
 
     def close(self) -> None:
         """Frees what `finish` has not handed on."""
+        self._closed = True
         self._memory = io.BytesIO()
         if self._file is not None:
             self._file.close()
