@@ -103,7 +103,9 @@ def test_the_table_of_differences_names_existing_rows() -> None:
 
 @pytest.mark.parametrize("auth", ["none", "hmac"])
 async def test_recorded_exchanges(auth: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(time=lambda: NOW, time_ns=lambda: ABOUT["now_ns"])
+    clock = SimpleNamespace(
+        time=lambda: NOW, time_ns=lambda: ABOUT["now_ns"], monotonic=time.monotonic
+    )
     monkeypatch.setattr("lonelypss.routes.time", clock)
     monkeypatch.setattr("lonelypss.fanout.time", clock)
     make_auth = recorded_auth if auth == "hmac" else lambda: NO_AUTH
