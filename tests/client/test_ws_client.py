@@ -1,13 +1,21 @@
-"""The websocket client against broadcasters that behave in every way that happens."""
+"""The websocket client against broadcasters that behave in every way that happens.
+
+The ids D12 and so on are defects of the older client; what the other ones are, and where they are
+tested: D17, D25, D26 and D36 are rules of the session (test_session_refusals.py,
+test_session_signed.py), D22, D24 and D40 are the same over HTTP (test_both_transports.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import builtins
+import io
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,10 +133,11 @@ def make(*urls: str, **settings: Any) -> PubSubClient:
         "outgoing_min_reconnect_interval": 0.0,
         "outgoing_initial_connect_retries": 0,
         "websocket_close_timeout": 1.0,
+        "auth": NOBODY,
     }
     hosts = [{"host": url, "priority": n} for n, url in enumerate(urls)]
     return WebsocketPubSubClient(
-        make_websocket_pub_sub_config(broadcasters=hosts, auth=NOBODY, **(defaults | settings))  # type: ignore[arg-type]
+        make_websocket_pub_sub_config(broadcasters=hosts, **(defaults | settings))  # type: ignore[arg-type]
     )
 
 
@@ -260,6 +269,36 @@ async def test_pauses_between_rounds_grow_and_differ(monkeypatch: pytest.MonkeyP
     assert len(set(pauses)) == 8
 
 
+async def test_a_name_that_no_host_can_have() -> None:
+    """It counts as a failed try, not as a failure of the client."""
+    async with broadcaster(obey) as server, make("ws://a..b", server.url) as client:
+        assert (await client.notify(topic=b"t", data=b"")).notified == 1
+
+
+async def test_retries_are_counted_until_a_connection_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is confirmed and then broken is a failed try, too."""
+
+    async def confirm_and_leave(talk: Conversation) -> None:
+        await talk.open()
+        await talk.socket.close(1012, "stopping")
+
+    monkeypatch.setattr(ws_client, "_LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr("random.random", lambda: 0.0)
+    settings = {"outgoing_min_reconnect_interval": 60, "outgoing_initial_connect_retries": 3}
+    async with broadcaster(confirm_and_leave) as server, make(server.url, **settings) as client:
+        statuses = Statuses()
+        await client.direct_register_status_handler(receiver=statuses)
+        await until(lambda: client.connection_status is PubSubClientConnectionStatus.ABANDONED)
+        assert server.connections == 4
+        await until(lambda: "abandoned" in statuses.seen)
+        with pytest.raises(PubSubRequestConnectionAbandonedError, match="1012 stopping") as caught:
+            await client.notify(topic=b"t", data=b"")
+        assert len(caught.value.attempts) == 4
+    assert statuses.seen.count("abandoned") == 1
+
+
 # Reconnecting
 
 
@@ -372,7 +411,7 @@ async def test_a_missed_notice_is_told_at_once() -> None:
     async with asyncio.timeout(DEADLINE), our_broadcaster() as ours:
         async with make(ours.url.replace("http", "ws")) as client:
             async with client.subscribe_exact(b"t", on_receiving=on_receiving) as subscription:
-                waiting = asyncio.create_task(anext(await subscription.messages()))
+                waiting = asyncio.ensure_future(anext(await subscription.messages()))
                 await runs.acquire()
                 ours.broadcaster.websockets.missed(b"t")
                 await runs.acquire()
@@ -491,7 +530,307 @@ async def test_a_dictionary_that_is_taken_back_while_it_is_used() -> None:
         assert used == [0]
 
 
+async def test_many_at_once_do_not_flood_the_broadcaster() -> None:
+    """D12: an older broadcaster disconnects above 255 unanswered messages."""
+    most = 0
+
+    async def count(talk: Conversation) -> None:
+        nonlocal most
+        await talk.open()
+        events: list[s.BodyArrived] = []
+        for _ in range(2000):
+            # answers only when nothing more comes
+            try:
+                async with asyncio.timeout(0.02):
+                    events.append(await talk.next_message())
+            except TimeoutError:
+                break
+            most = max(most, len(events))
+            if len(events) >= 128:
+                for event in events:
+                    await talk.answer(event, subscribers=1)
+                events.clear()
+        for event in events:
+            await talk.answer(event, subscribers=1)
+        await talk.next_message()
+
+    async with broadcaster(count) as server, make(server.url) as client:
+        calls = (client.notify(topic=b"t", data=b"x") for _ in range(1000))
+        assert {r.notified for r in await asyncio.gather(*calls)} == {1}
+        assert most == 128
+        assert server.connections == 1
+
+
+async def test_a_disk_without_room_costs_the_connection_and_not_the_client(tmp_path: Path) -> None:
+    closed: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def send_large(talk: Conversation) -> None:
+        await talk.open()
+        data = bytes(10_000)
+        payload = s.Payload(b"t", b"abcd", len(data), Body.of(data).sha512)
+        talk.session.limits = s.Limits(frame_length=4096)
+        talk.session.open_stream(payload)
+        part = talk.session.next_part(time.time())
+        await talk.socket.send(part.head + data[: part.length])
+        await talk.socket.wait_closed()
+        closed.put_nowait((talk.socket.close_code, talk.socket.close_reason))
+
+    settings = {"spool_directory": str(tmp_path / "absent"), "message_body_spool_size": 0}
+    async with broadcaster(send_large, obey) as server, make(server.url, **settings) as client:
+        assert (await client.notify(topic=b"t", data=b"")).notified == 1
+        assert server.connections == 2
+        assert await closed.get() == (4507, "no room on the disk")
+
+
+# What the program does
+
+
+async def test_a_receiver_may_notify() -> None:
+    """The answer is read while the receiver is awaited, behind however many messages."""
+    got: list[bytes] = []
+
+    async with asyncio.timeout(DEADLINE), our_broadcaster() as ours:
+        url = ours.url.replace("http", "ws")
+        # the second message, and those that follow while the first is looked at, wait on disk
+        async with make(url, receive_buffer_bytes=1) as client, make(url) as other:
+
+            class Echo:
+                async def on_message(self, message: Any) -> None:
+                    got.append(message.data.read())
+                    await message.cleanup()
+                    if message.topic == b"question":
+                        assert (await client.notify(topic=b"answer", data=got[-1])).notified == 1
+
+            await client.direct_register_on_message(receiver=Echo())
+            await client.direct_subscribe_glob(glob="*")
+            for asked in range(0, 100, 20):
+                questions = (
+                    other.notify(topic=b"question", data=b"%d" % n)
+                    for n in range(asked, asked + 20)
+                )
+                await asyncio.gather(*questions)
+            await until(lambda: len(got) == 200)
+            assert Counter(got) == {b"%d" % n: 2 for n in range(100)}
+
+
+async def test_a_receiver_at_work_when_the_connection_is_lost() -> None:
+    """It ends its work; what waited behind it was not acknowledged; order is kept."""
+    go, got = asyncio.Event(), []
+
+    async def deliver(talk: Conversation) -> None:
+        await talk.open()
+        number = talk.broadcaster.connections
+        for n in range(3):
+            await talk.deliver(b"t", b"%d.%d" % (number, n))
+        if number == 1:
+            await until(lambda: begun.is_set())
+            await talk.socket.close(1012, "")
+        else:
+            go.set()
+            await talk.socket.wait_closed()
+
+    begun = asyncio.Event()
+
+    class Slow:
+        async def on_message(self, message: Any) -> None:
+            begun.set()
+            await go.wait()
+            got.append(message.data.read())
+            await message.cleanup()
+
+    async with broadcaster(deliver) as server, make(server.url) as client:
+        await client.direct_register_on_message(receiver=Slow())
+        await until(lambda: len(got) == 4)
+        assert got == [b"1.0", b"2.0", b"2.1", b"2.2"]
+
+
+async def test_leaving_while_a_receiver_is_at_work() -> None:
+    async def deliver(talk: Conversation) -> None:
+        await talk.open()
+        await talk.deliver(b"t", b"1")
+        await talk.deliver(b"t", b"2")
+        await talk.socket.wait_closed()
+
+    begun, ended = asyncio.Event(), []
+
+    class Endless:
+        async def on_message(self, message: Any) -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await message.cleanup()
+                ended.append(message)
+
+    async with broadcaster(deliver) as server:
+        async with make(server.url) as client:
+            await client.direct_register_on_message(receiver=Endless())
+            await begun.wait()
+        assert len(ended) == 1
+
+
+@pytest.mark.parametrize("size", [1, 300_000])
+async def test_what_progress_raises_notify_raises(size: int) -> None:
+    def progress(sent: int, of: int) -> None:
+        raise KeyError("of the program")
+
+    settings = {"max_websocket_message_size": 100_000}
+    async with broadcaster(obey) as server, make(server.url, **settings) as client:
+        with pytest.raises(KeyError, match="of the program"):
+            await client.notify(topic=b"t", data=bytes(size), progress=progress)
+        assert (await client.notify(topic=b"t", data=b"")).notified == 1
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_what_an_authenticator_raises_the_call_raises(large: bool) -> None:
+    """It is nobody else's call that fails, and the connection stays."""
+
+    class Fails(Nothing):
+        def authorize(self, operation: str, fields: Any, now: float) -> str | None:
+            if fields.get("topic") == b"bad":
+                raise RuntimeError("no key")
+            return None
+
+    data = bytes(200_000 if large else 1)
+    auth = AuthConfigFromParts(Nothing(), Fails())
+    settings = {"auth": auth, "max_websocket_message_size": 50_000, "max_sent_notifications": 1}
+    async with broadcaster(obey) as server, make(server.url, **settings) as client:
+        await client_is_connected(client)
+        good = [asyncio.create_task(client.notify(topic=b"good", data=data)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="no key"):
+            await client.notify(topic=b"bad", data=b"x")
+        assert [(await task).notified for task in good] == [1, 1]
+        with pytest.raises(RuntimeError, match="no key"):
+            await client.subscribe_exact(b"bad").__aenter__()
+        await client.direct_subscribe_exact(topic=b"fine")
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("moment", ["asked", "answered"])
+async def test_a_cancelled_subscribe_is_taken_back(moment: str) -> None:
+    seen: asyncio.Queue[str] = asyncio.Queue()
+    go = asyncio.Event()
+
+    async def slow(talk: Conversation) -> None:
+        await talk.open()
+        while True:
+            event = await talk.receive()
+            assert isinstance(event, s.SubscriptionAsked)
+            seen.put_nowait(type(event.message).__name__)
+            await go.wait()
+            await talk.answer(event)
+
+    async with broadcaster(slow) as server, make(server.url) as client:
+        subscribing = asyncio.create_task(client.subscribe_exact(b"t").__aenter__())
+        assert await seen.get() == "SubscribeExact"
+        if moment == "answered":
+            transport: Any = client._transport
+            (future,) = transport._confirming.values()
+            future.add_done_callback(lambda _: subscribing.cancel())
+            go.set()
+        else:
+            subscribing.cancel()
+        await asyncio.wait((subscribing,))
+        assert subscribing.cancelled()
+        go.set()
+        assert await seen.get() == "UnsubscribeExact"
+        assert client.exact_subscriptions == {}
+
+
+# Large messages
+
+
+async def test_a_large_file_is_sent_again_from_where_it_began() -> None:
+    """D16: the older client does not rewind it."""
+    got: list[bytes] = []
+
+    async def break_off(talk: Conversation) -> None:
+        await talk.open()
+        part = await talk.receive()
+        assert isinstance(part, s.PartArrived)
+        await talk.answer(part)
+        await talk.receive()
+        await talk.socket.close(1012, "")
+
+    async def take(talk: Conversation) -> None:
+        await talk.open()
+        event = await talk.next_message()
+        assert isinstance(event.sink, io.BytesIO)
+        got.append(event.sink.getvalue())
+        await talk.answer(event, subscribers=1)
+        await talk.next_message()
+
+    data = bytes(range(256)) * 1000
+    file = io.BytesIO(b"head" + data)
+    file.seek(4)
+    settings = {"max_websocket_message_size": 50_000}
+    async with broadcaster(break_off, take) as server, make(server.url, **settings) as client:
+        assert (await client.notify(topic=b"t", sync_file=file)).notified == 1
+        assert got == [data]
+
+
+async def test_a_cancelled_large_message_stops_before_it_begins() -> None:
+    """While it is packed; one that was begun has to be sent to its end."""
+
+    async def enable(talk: Conversation) -> None:
+        talk.session = s.BroadcasterSession(AuthConfig(Nothing(), Nothing()), allow_zstd=True)
+        await talk.open()
+        await talk.socket.send(talk.session.enable_preset(1, time.time(), level=3, min_size=32))
+        while True:
+            await talk.answer(await talk.next_message(), subscribers=1)
+
+    async with broadcaster(enable) as server, make(server.url) as client:
+        await client_is_connected(client)
+        link: Any = client._transport.link  # type: ignore[attr-defined]
+        await until(lambda: link.session.compressors)
+        call = asyncio.create_task(client.notify(topic=b"cancelled", data=bytes(3_000_000)))
+        await until(lambda: link._streaming)
+        call.cancel()
+        assert (await client.notify(topic=b"t", data=b"")).notified == 1
+        assert server.topics == [b"t"]
+        assert not link._sent
+
+
 # Leaving
+
+
+async def test_leaving_says_goodbye() -> None:
+    codes: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def listen(talk: Conversation) -> None:
+        await talk.open()
+        await talk.socket.wait_closed()
+        codes.put_nowait(talk.socket.close_code)
+
+    async with broadcaster(listen) as server:
+        async with make(server.url) as client:
+            await client_is_connected(client)
+        assert await codes.get() == 1000
+
+
+@pytest.mark.parametrize("turns", range(1, 7))
+async def test_a_cancelled_leaving_leaves_nothing_behind(turns: int) -> None:
+    async def mute(talk: Conversation) -> None:
+        await talk.open()
+        talk.socket.transport.pause_reading()
+        await gone.wait()
+
+    gone = asyncio.Event()
+    async with broadcaster(mute, close_timeout=0.1) as server:
+        client = make(server.url, websocket_close_timeout=None)
+        await client.__aenter__()
+        await client_is_connected(client)
+        socket = client._transport.link.socket  # type: ignore[attr-defined]
+        leaving = asyncio.create_task(client.__aexit__(None, None, None))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        assert not client._transport._tasks  # type: ignore[attr-defined]
+        await socket._gone
+        gone.set()
 
 
 async def test_leaving_with_direct_subscriptions() -> None:
