@@ -35,6 +35,14 @@ OLDER: dict[str, Any] = {
     "auth": AUTH,
 }
 """What a program of the older client gives, in the order of its parameters."""
+DEFAULTS: dict[str, Any] = {
+    name: value for name, value in OLDER.items() if name not in ("broadcasters", "auth")
+} | {
+    "outgoing_initial_connect_retries": 10,
+    "outgoing_min_reconnect_interval": 1,
+    "decompression_max_window_size": 8 * 1024 * 1024,
+}
+"""Where the older client has none."""
 
 
 def make(**settings: Any) -> WebsocketPubSubConfig:
@@ -54,7 +62,10 @@ def test_a_call_of_the_older_client_works_by_name_and_by_position() -> None:
 
 
 def test_only_broadcasters_and_authorization_have_to_be_given() -> None:
-    assert make().max_websocket_message_size == 3_670_016
+    config = make()
+    for name, value in DEFAULTS.items():
+        assert getattr(config, name) == value, name
+    assert set(OLDER) - set(DEFAULTS) == {"broadcasters", "auth"}
     with pytest.raises(ValueError, match="auth"):
         make_websocket_pub_sub_config(broadcasters=[{"host": "ws://x"}])
     with pytest.raises(TypeError, match="broadcasters"):
@@ -68,7 +79,13 @@ def test_only_broadcasters_and_authorization_have_to_be_given() -> None:
         ("broadcasters", [{"host": "http://127.0.0.1:3003"}]),
         ("broadcasters", [{"host": "127.0.0.1:3003"}]),
         ("broadcasters", [{"url": "ws://127.0.0.1:3003"}]),
+        ("broadcasters", [{"host": "ws://user@127.0.0.1:3003"}]),
+        ("broadcasters", [{"host": "ws://127.0.0.1:3003", "priority": "1"}]),
         ("outgoing_initial_connect_retries", -1),
+        ("outgoing_initial_connect_retries", None),
+        ("outgoing_min_reconnect_interval", -1),
+        ("outgoing_min_reconnect_interval", float("nan")),
+        ("outgoing_min_reconnect_interval", None),
         ("max_websocket_message_size", 100),
         ("max_websocket_receive_size", 100),
         ("websocket_open_timeout", 0),
@@ -83,6 +100,8 @@ def test_only_broadcasters_and_authorization_have_to_be_given() -> None:
         ("decompression_max_window_size", -1),
         ("compression_dictionary_by_id", {1: (b"x", 3)}),
         ("compression_dictionary_by_id", {65_536: (b"x", 3)}),
+        ("compression_dictionary_by_id", {"7": (b"x", 3)}),
+        ("compression_dictionary_by_id", {7: b"dictionary"}),
         ("initial_compression_dict_id", 7),
         ("message_body_spool_size", -1),
         ("max_receive_body", -1),
