@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import io
+import random
 import ssl
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from lonelypsc.errors import (
 from lonelypsc.ws_client import WebsocketPubSubClient
 from lonelypsp import messages as m
 from lonelypsp import session as s
+from lonelypsp.compression import compress
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypsp.spool import Body
 from programs import free_port
@@ -791,6 +793,135 @@ async def test_a_cancelled_large_message_stops_before_it_begins() -> None:
         assert (await client.notify(topic=b"t", data=b"")).notified == 1
         assert server.topics == [b"t"]
         assert not link._sent
+
+
+# Compression
+
+
+class Compressing:
+    """Enables zstd without a dictionary, and a preset one; returns every message as it came."""
+
+    PRESET = b"a dictionary may be any bytes: 0123456789" * 10
+
+    def __init__(self) -> None:
+        self.used: list[int] = []
+        self.asked: list[tuple[bool, bool, int]] = []
+
+    async def __call__(self, talk: Conversation) -> None:
+        session = talk.session = s.BroadcasterSession(
+            AuthConfig(Nothing(), Nothing()), allow_zstd=True, presets={7: self.PRESET}
+        )
+        configured = await talk.receive()
+        assert isinstance(configured, s.Configured)
+        ask = configured.message
+        self.asked.append((ask.enable_zstd, ask.enable_training, ask.initial_dict))
+        await talk.socket.send(session.confirm_configure(time.time()))
+        if configured.zstd:
+            for frame in (
+                session.enable_preset(1, time.time(), level=3, min_size=10_000),
+                session.enable_preset(7, time.time(), level=5, min_size=32, max_size=10_000),
+            ):
+                await talk.socket.send(frame)
+        while True:
+            event = await talk.next_message()
+            self.used.append(event.head.compressor)
+            body = event.body if event.sink is None else event.sink.getvalue()  # type: ignore[attr-defined]
+            assert body is not None
+            await talk.answer(event, subscribers=1)
+            await self.give_back(talk, event.head, bytes(body))
+
+    async def give_back(self, talk: Conversation, head: s.Head, body: bytes) -> None:
+        payload = s.Payload(head.topic, head.identifier, len(body), head.sha512)
+        if head.compressor:
+            payload.compressor = head.compressor
+            payload.decompressed_length = head.decompressed_length
+            payload.decompressed_sha512 = head.sha512
+        talk.session.limits = s.Limits(frame_length=20_000)
+        talk.session.open_stream(payload)
+        while talk.session.sending:
+            part = talk.session.next_part(time.time())
+            await talk.socket.send(part.head + body[part.offset : part.offset + part.length])
+
+
+NOISE = random.Random(1).randbytes(300_000)
+COMPRESSED = [
+    # what is sent, with which compressor
+    (b"x" * 5, 0),
+    (b"0123456789" * 20, 7),
+    (b"0123456789" * 5_000, 1),
+    (b"0123456789" * 20_000, 1),
+    (NOISE[:30_000], 0),  # does not pay
+    (NOISE, 0),
+    (NOISE[:200_000] + bytes(200_000), 1),
+    (NOISE[:10_000] + bytes(3_000_000), 1),
+    (bytes(1_200_000), 0),  # a receiver would take it for an attack
+]
+
+
+@pytest.mark.parametrize("source", ["data", "sync_file"])
+@pytest.mark.parametrize("spool", [50_000, 10_000_000])
+async def test_compression(source: str, spool: int) -> None:
+    """Both ways, of all sizes, from memory and from disk, in one frame and in parts."""
+    there = Compressing()
+    settings = {
+        "compression_dictionary_by_id": {7: (there.PRESET, 5)},
+        "initial_compression_dict_id": 7,
+        "message_body_spool_size": spool,
+        "max_websocket_message_size": 100_000,
+    }
+    async with broadcaster(there) as server, make(server.url, **settings) as client:
+        got: asyncio.Queue[bytes] = asyncio.Queue()
+
+        class Receiver:
+            async def on_message(self, message: Any) -> None:
+                got.put_nowait(message.data.read())
+                await message.cleanup()
+
+        await client.direct_register_on_message(receiver=Receiver())
+        await client_is_connected(client)
+        link: Any = client._transport.link  # type: ignore[attr-defined]
+        await until(lambda: len(link.session.compressors) == 2)
+        for data, _ in COMPRESSED:
+            given: Any = {source: data if source == "data" else io.BytesIO(data)}
+            assert (await client.notify(topic=b"t", **given)).notified == 1
+            assert await got.get() == data
+        assert there.used == [compressor for _, compressor in COMPRESSED]
+        assert there.asked == [(True, True, 7)]
+
+
+@pytest.mark.parametrize("why", ["setting", "no zstandard"])
+async def test_without_compression(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "no zstandard":
+        monkeypatch.setattr(ws_client, "available", lambda: False)
+    there = Compressing()
+    async with broadcaster(there) as server:
+        async with make(server.url, allow_compression=why != "setting") as client:
+            assert (await client.notify(topic=b"t", data=bytes(100_000))).notified == 1
+    assert there.used == [0]
+    assert there.asked == [(False, False, 0)]
+
+
+@pytest.mark.parametrize("declared", [1000, 1_000_000])
+async def test_a_bomb_costs_the_connection(declared: int) -> None:
+    """More than was declared: it is not unpacked any further, and the client goes on."""
+    closed: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def bomb(talk: Conversation) -> None:
+        session = talk.session = s.BroadcasterSession(
+            AuthConfig(Nothing(), Nothing()), allow_zstd=True
+        )
+        await talk.open()
+        await talk.socket.send(session.enable_preset(1, time.time(), level=3, min_size=0))
+        packed = compress(bytes(100_000_000), dictionary=None, level=3)
+        hashed = Body.of(packed).sha512
+        payload = s.Payload(b"t", b"abcd", len(packed), hashed, 1, declared, bytes(64))
+        await talk.socket.send(session.deliver(payload, packed, time.time()))
+        await talk.socket.wait_closed()
+        closed.put_nowait(talk.socket.close_code)
+
+    async with broadcaster(bomb, obey) as server, make(server.url) as client:
+        assert await closed.get() == 4400
+        assert (await client.notify(topic=b"t", data=b"")).notified == 1
 
 
 # Leaving
