@@ -332,6 +332,15 @@ print(left() == before)
 """
 
 
+@pytest.mark.parametrize("memory_limit", [0, LIMIT])
+def test_a_closed_spool_takes_nothing(memory_limit: int) -> None:
+    """A thread that writes on does not fill the memory."""
+    with Spool(LIMIT, memory_limit=memory_limit) as spool:
+        spool.write(b"x")
+    with pytest.raises(ValueError, match="closed"):
+        spool.write(b"x")
+
+
 @needs_proc
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]

@@ -146,3 +146,29 @@ async def test_hash_of_large_data_is_made_in_pieces() -> None:
     await content.prepare()
     assert content.sha512 == hashlib.sha512(BIG).digest()
     assert content.length == len(BIG)
+
+
+async def test_two_tries_do_not_move_each_others_file() -> None:
+    """The thread of a try that was given up reads on while the next one begins."""
+
+    class Slow(io.BytesIO):
+        def seek(self, offset: int, whence: int = 0) -> int:
+            at = super().seek(offset, whence)
+            if threading.current_thread() is first:
+                reading.set()
+                other.wait(0.05)
+            return at
+
+    reading, other = threading.Event(), threading.Event()
+    first = threading.Thread(target=lambda: got.append(content.read(0, 3)))
+    got: list[Any] = []
+    content = Content(
+        data=None, sync_file=Slow(b"abcdef"), length=None, sha512=bytes(64), progress=None
+    )
+    await content.prepare()
+    first.start()
+    reading.wait()
+    got.append(content.read(3, 3))
+    other.set()
+    first.join()
+    assert sorted(got) == [b"abc", b"def"]
