@@ -68,6 +68,8 @@ _RECEIVED = 1000
 _LONGEST_PAUSE = 60.0
 _RECONNECT_SPREAD = 0.2  # seconds; not everybody comes back at the same moment
 
+_OPEN = s.Phase.OPEN
+
 Work: TypeAlias = Coroutine[Any, Any, None]
 Key: TypeAlias = bytes | str
 """An exact topic, or a glob."""
@@ -196,9 +198,10 @@ class WebsocketTransport:
             self.link.pump()
         try:
             return await notify.result
-        finally:
-            with suppress(ValueError):  # it was cancelled
+        except asyncio.CancelledError:
+            with suppress(ValueError):
                 self.waiting.remove(notify)
+            raise
 
     def _check(self) -> None:
         if self._reason:
@@ -528,8 +531,8 @@ class Link:
     def _may_send(self) -> bool:
         """Whether there is room for one more frame that is to be answered."""
         session, socket = self.session, self.socket
-        over = socket.end is not None or session.phase is not s.Phase.OPEN
-        return not over and session.room > 0 and socket.writable.is_set()
+        alive = socket.end is None and session.phase is _OPEN
+        return alive and session.room > 0 and socket.writable.is_set()
 
     def _send_message(self, notify: _Notify) -> None:
         if notify.result.done():
