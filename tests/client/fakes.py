@@ -205,7 +205,10 @@ class Broadcaster:
             sent["X-Subscription-Fragment"] = quote(fragment, safe="")
         sent |= headers or {}
         body = change(encode(ReceiveHead(b"", topic, identifier, len(message))) + message)
-        got = await self.post(url, body, {k: v for k, v in sent.items() if v is not None})
+        try:
+            got = await self.post(url, body, {k: v for k, v in sent.items() if v is not None})
+        except aiohttp.ClientConnectorError:
+            return 0  # not listening, or not yet
         self.deliveries.append(got)
         if got.body == b"\x00\x0a":
             self.rows[url].pop(row, None)
