@@ -62,10 +62,11 @@ class Broadcaster:
         self.websockets.fanout = self.fanout
         self.peers = Peers(config, self.store, registry, self.intake, self.websockets)
         self.routes = Routes(config, self.store, self.fanout, self.intake, self.metrics)
+        self.health = Health(self.routes)
         self.table: dict[str, ASGIApp] = {
             **self.routes.table,
             **self.peers.table,
-            **Health(self.routes).table,
+            **self.health.table,
             **self.metrics.table,
             WEBSOCKET: self.websockets,
         }
@@ -114,6 +115,10 @@ class Broadcaster:
         counted = -math.inf
         while True:
             values: dict[str, float] = {
+                "ready": await self.health.reason() is None,
+                "websockets_limit": self.config.max_websockets,
+                "notifies_limit": self.config.max_notifies,
+                "spool_quota_bytes": self.config.spool_quota,
                 "websockets": len(self.websockets.connections),
                 "websocket_queue": sum(c.waiting for c in self.websockets.connections),
                 "outgoing_connections": self.sender.connections,

@@ -30,13 +30,18 @@ class Health:
         await _answer(scope, send, 200, {"status": "ok"})
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reason = await self._reason()
+        reason = await self.reason(logging.WARNING)
         if reason is None:
             await _answer(scope, send, 200, {"status": "ready"})
         else:
             await _answer(scope, send, 503, {"status": "not ready", "reason": reason})
 
-    async def _reason(self) -> str | None:
+    async def reason(self, level: int = logging.DEBUG) -> str | None:
+        """Why requests would be refused; None: they would not.
+
+        Args:
+            level: of the line in the log that tells what the database said.
+        """
         if self._routes.leaving:
             return "draining: this broadcaster is stopping"
         try:
@@ -45,7 +50,7 @@ class Health:
         except TimeoutError:
             return "the database does not answer"
         except StoreUnavailable as e:
-            log.warning("not ready: %s", e)
+            log.log(level, "not ready: %s", e)
             return "the database is not available, see the log"
         return None
 

@@ -21,12 +21,16 @@ _QUICK = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
 _SLOW = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 
 GAUGES = {
+    "ready": "1 while /readyz says 200, else 0; of workers the worst.",
     "websockets": "Open websockets.",
     "websocket_queue": "Messages that wait for a websocket with a full window.",
     "outgoing_connections": "Connections to subscribers.",
     "outgoing_queue": "Deliveries that wait for a connection.",
     "notifies_in_flight": "Messages that are being delivered.",
+    "notifies_limit": "max_notifies, of all workers.",
+    "websockets_limit": "max_websockets, of all workers.",
     "spool_bytes": "Bytes of spool_quota in use.",
+    "spool_quota_bytes": "spool_quota, of all workers.",
     "missed_backlog": "MISSED notices in the database, due or not, of all broadcasters.",
     "subscriptions": "Subscriptions in the database.",
 }
@@ -116,7 +120,7 @@ class PrometheusMetrics(Metrics):
                 f"lonelypss_{name}",
                 help,
                 registry=registry,
-                multiprocess_mode="max" if name in _OF_ALL else "livesum",
+                multiprocess_mode=_MODES.get(name, "livesum"),
             )
             for name, help in GAUGES.items()
         }
@@ -167,7 +171,8 @@ class PrometheusMetrics(Metrics):
         return registry
 
 
-_OF_ALL = ("missed_backlog", "subscriptions")  # each worker sees the same
+# each worker counts the same rows, whether it is alive or not
+_MODES: dict[str, Any] = {"missed_backlog": "max", "subscriptions": "max", "ready": "livemin"}
 
 
 def forget_worker(pid: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import GAUGES, Metrics, PrometheusMetrics
+from lonelypss.store import StoreUnavailable
 from programs import broadcaster, eventually, run
 from servers import our_broadcaster
 
@@ -84,3 +85,28 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"pip install 'lonelypsc\[metrics\]'"):
         PrometheusMetrics()
+
+
+async def test_whether_it_is_ready_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lonelypss.app._SAMPLE_INTERVAL", 0.02)
+    config = BroadcasterConfig(db="sqlite://", metrics=True, max_notifies=7)
+
+    async def fail() -> None:
+        raise StoreUnavailable("away")
+
+    async with our_broadcaster(config) as ours, asyncio.timeout(20):
+
+        async def until_ready_is(value: float) -> dict[str, float]:
+            while (numbers := await asyncio.to_thread(scrape, ours.url))[
+                "lonelypss_ready"
+            ] != value:
+                await asyncio.sleep(0.01)
+            return numbers
+
+        assert (await until_ready_is(1))["lonelypss_notifies_limit"] == 7
+        with monkeypatch.context() as broken:
+            broken.setattr(ours.broadcaster.store, "next_due", fail)
+            await until_ready_is(0)
+        await until_ready_is(1)
+        ours.broadcaster.routes.leaving = True
+        await until_ready_is(0)
