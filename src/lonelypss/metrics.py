@@ -115,6 +115,8 @@ class PrometheusMetrics(Metrics):
         self._notices = counter(
             "missed_notices", "MISSED notices by what became of them.", "outcome"
         )
+        for outcome in ("recorded", "confirmed", "retried", "given_up"):
+            self._notices.labels(outcome)  # from 0 on: the first one counts in an increase()
         self._gauges = {
             name: prometheus.Gauge(
                 f"lonelypss_{name}",
