@@ -133,7 +133,8 @@ _MOST_SUBSCRIBERS = (1 << 32) - 1
 _NOTHING: Mapping[str, Any] = {}
 _ONLY_ITSELF = (_NOTHING,)
 HEAD_ALLOWANCE = 1024
-"""More than the headers of a frame have, but for topic and identifier, with our authenticators."""
+"""More than the headers of a frame have, but for topic, identifier and tracing, with our
+authenticators."""
 
 
 def _url_fields(kind: Url, url: str) -> dict[str, Any]:
@@ -233,6 +234,7 @@ class Payload:
     Attributes:
         length, sha512: of the bytes as they are sent, i.e. after compression.
         decompressed_length, decompressed_sha512: needed where there is a compressor.
+        tracing: goes with it, see `lonelypsp.tracecontext`.
     """
 
     topic: bytes
@@ -242,11 +244,13 @@ class Payload:
     compressor: int = UNCOMPRESSED
     decompressed_length: int | None = None
     decompressed_sha512: bytes | None = None
+    tracing: bytes = b""
 
     @property
     def fields(self) -> dict[str, Any]:
         whole = self.decompressed_length
         return {
+            "tracing": self.tracing,
             "topic": self.topic,
             "identifier": self.identifier,
             "compressor": self.compressor,
@@ -724,7 +728,12 @@ class Session:
             self._sending = s
             message = self._made(self._START, now, {**s.payload.fields, "body": b""}, _NOTHING)
         else:
-            fields = {"identifier": s.payload.identifier, "part_id": s.part_id, "body": b""}
+            fields = {
+                "tracing": s.payload.tracing,  # what the start had is signed with every part
+                "identifier": s.payload.identifier,
+                "part_id": s.part_id,
+                "body": b"",
+            }
             covers = {"topic": s.payload.topic, "sha512": s.payload.sha512}
             message = self._made(self._PART, now, fields, covers)
         head = m.encode_head(message, minimal=self._minimal)
@@ -743,13 +752,13 @@ class Session:
     def one_frame(self, payload: Payload) -> bool:
         """Whether the body certainly fits one frame."""
         most = self.limits.frame_length
-        head = len(payload.topic) + len(payload.identifier) + HEAD_ALLOWANCE
-        return most is None or head + payload.length <= most
+        own = len(payload.topic) + len(payload.identifier) + len(payload.tracing)
+        return most is None or own + HEAD_ALLOWANCE + payload.length <= most
 
     def _parts_of(self, payload: Payload) -> int:
         """How many parts a body has at most."""
         most = self.limits.frame_length
-        head = len(payload.identifier) + HEAD_ALLOWANCE
+        head = len(payload.identifier) + len(payload.tracing) + HEAD_ALLOWANCE
         first = part_length(payload.length, most, head + len(payload.topic))
         other = part_length(max(payload.length, SMALLEST_PART), most, head)
         return 1 - (first - payload.length) // other
@@ -819,6 +828,7 @@ class Session:
         self._reserve()
         whole = payload.decompressed_length
         fields = {
+            "tracing": payload.tracing,
             "topic": payload.topic,
             "identifier": payload.identifier,
             "compressor": payload.compressor,

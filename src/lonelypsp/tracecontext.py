@@ -1,0 +1,50 @@
+"""W3C trace context in the tracing bytes of a message (docs/how-to/observe.md).
+
+The bytes are the value of `traceparent`, in ASCII, and where there is one a newline and the value
+of `tracestate`. Tracing bytes belong to whoever sends them: all that is not exactly this, such as
+what the older broadcaster answers, says nothing about a trace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+MAX_TRACESTATE = 512
+"""Bytes; a longer one is left out."""
+
+_TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACESTATE = rf"[\x20-\x7e]{{1,{MAX_TRACESTATE}}}"
+_parent = re.compile(_TRACEPARENT)
+_state = re.compile(_TRACESTATE)
+_context = re.compile(rf"({_TRACEPARENT})(?:\n({_TRACESTATE}))?".encode())
+
+
+def encode(carrier: Mapping[str, str]) -> bytes:
+    """The bytes for `carrier`, as a W3C propagator fills it; empty if it has no `traceparent`."""
+    parent = carrier.get("traceparent", "")
+    if not _parent.fullmatch(parent):
+        return b""
+    state = carrier.get("tracestate", "")
+    text = f"{parent}\n{state}" if _state.fullmatch(state) else parent
+    return text.encode("ascii")
+
+
+def decode(tracing: bytes) -> dict[str, str]:
+    """The carrier that such bytes stand for; empty if they are something else."""
+    found = _context.fullmatch(tracing)
+    if found is None:
+        return {}
+    parent, state = found.groups()
+    carrier = {"traceparent": parent.decode("ascii")}
+    if state is not None:
+        carrier["tracestate"] = state.decode("ascii")
+    return carrier
+
+
+def passed_on(tracing: bytes) -> bytes:
+    """What goes on to others who do not make a span of their own: `tracing`, if it is of a trace.
+
+    Anything else was meant for us alone.
+    """
+    return tracing if _context.fullmatch(tracing) else b""
