@@ -399,6 +399,37 @@ def test_listen_and_notify(tmp_path: Path, scheme: str) -> None:
             assert listener.process.wait(40) == 0
 
 
+def test_notify_explained(tmp_path: Path) -> None:
+    notify = ("notify", "a", "b", "--explain")
+    with broadcaster(tmp_path, "--explain=true") as (_, url):
+        where = f"--broadcaster={url}"
+        nobody = f"http://127.0.0.1:{free_port()}/"
+        body = encode(SubscribeExact(nobody, b"a", nobody))
+        connection = HTTPConnection(url.removeprefix("http://"))
+        connection.request("POST", "/v1/subscribe/exact", body)
+        assert connection.getresponse().status == 200
+        connection.close()
+        result = run("lonelypsc", *notify, where, cwd=tmp_path)
+        assert result.stderr == ""
+        first, second = result.stdout.splitlines()
+        assert first == "notified 0 subscribers"
+        assert re.fullmatch(
+            rf"failed  {re.escape(nobody)}  \(the topic\)  [\d.]+ ms: cannot connect: .*"
+            r"; a MISSED notice follows",
+            second,
+        )
+        result = run("lonelypsc", *notify, "--json", where, cwd=tmp_path)
+        (one,) = json.loads(result.stdout)["explanation"]["subscribers"]
+        assert (one["url"], one["outcome"], one["will_be_told"]) == (nobody, "failed", True)
+    with broadcaster(tmp_path) as (_, url):
+        result = run("lonelypsc", *notify, f"--broadcaster={url}", cwd=tmp_path)
+        assert result.stdout == "notified 0 subscribers\n"
+        assert "--explain true" in result.stderr
+    result = run("lonelypsc", *notify, "--broadcaster=ws://127.0.0.1:1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--explain needs an http" in result.stderr
+
+
 @pytest.mark.parametrize("scheme", ["http", "ws"])
 def test_ctrl_c_unsubscribes(tmp_path: Path, scheme: str) -> None:
     with broadcaster(tmp_path) as (_, url):

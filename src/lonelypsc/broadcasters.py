@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import random
-from collections.abc import AsyncIterable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar
 
@@ -44,12 +44,14 @@ class Request(Generic[T]):
         length: of the body, in bytes.
         body: the body.
         judge: makes the result of a reply's body; raises RemoteProtocolError for a bad one.
+        headers: more of them.
     """
 
     authorization: str | None
     length: int
     body: bytes | AsyncIterable[bytes | memoryview]
     judge: Callable[[bytes], T]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class _End(Enum):
@@ -163,6 +165,7 @@ class Broadcasters:
         headers = {
             "Content-Type": "application/octet-stream",
             "Content-Length": str(request.length),
+            **request.headers,
         }
         if request.authorization is not None:
             headers["Authorization"] = request.authorization

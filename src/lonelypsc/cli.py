@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
@@ -27,7 +27,12 @@ except ImportError as e:
 
 from fastapi import APIRouter
 
-from lonelypsc.client import PubSubClient, PubSubClientMessage
+from lonelypsc.client import (
+    Explanation,
+    PubSubClient,
+    PubSubClientMessage,
+    PubSubNotifyResult,
+)
 from lonelypsc.config.auth_config import AuthConfigFromParts
 from lonelypsc.config.config import HttpPubSubBind, make_http_pub_sub_config
 from lonelypsc.config.file_config import get_auth_config_from_file
@@ -184,32 +189,52 @@ def main() -> None:
 Examples:
   lonelypsc notify orders/42 'it is paid'
   lonelypsc notify backups/db --file dump.sql
+  lonelypsc notify orders/42 'it is paid' --explain
   date | lonelypsc notify clock -
 """
 )
 @click.argument("topic")
 @click.argument("data", required=False)
 @click.option("--file", "path", metavar="FILE", help="Send the content of this file.")
+@click.option(
+    "--explain", is_flag=True,
+    help="Tell what became of it at each subscriber. The broadcaster must allow it: explain=true.",
+)  # fmt: skip
 @_json_option
 @_connecting
 def notify(
-    connection: _Connection, topic: str, data: str | None, path: str | None, as_json: bool
+    connection: _Connection,
+    topic: str,
+    data: str | None,
+    path: str | None,
+    explain: bool,
+    as_json: bool,
 ) -> None:
     """Send a message to all subscribers of TOPIC; `-` as DATA reads it from stdin."""
     if (data is None) == (path is None):
         raise click.UsageError("give either DATA or --file")
+    if explain and connection.by_websocket:
+        raise click.UsageError("--explain needs an http(s):// --broadcaster")
     raw_topic = os.fsencode(topic)
     with _explained(), ExitStack() as held:
         file = held.enter_context(_message_file(data, path))
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
         advance = held.enter_context(_progress(length))
-        notified = _run(_notify(connection, raw_topic, file, advance))
+        sent = _run(_notify(connection, raw_topic, file, advance, explain))
     if as_json:
-        result = {**_text("topic", raw_topic), "bytes": length, "notified": notified}
+        result = {**_text("topic", raw_topic), "bytes": length, **asdict(sent)}
+        if not explain:
+            del result["explanation"]
         click.echo(json.dumps(result))
-    else:
-        click.echo(f"notified {notified} subscriber{'' if notified == 1 else 's'}")
+        return
+    click.echo(f"notified {sent.notified} subscriber{'' if sent.notified == 1 else 's'}")
+    if sent.explanation is not None:
+        _print_explanation(sent.explanation)
+    elif explain:
+        click.echo(
+            "lonelypsc: the broadcaster explains nothing: start it with --explain true", err=True
+        )
 
 
 async def _notify(
@@ -217,14 +242,29 @@ async def _notify(
     topic: bytes,
     file: BinaryIO,
     advance: Callable[[int, int], None] | None,
-) -> int:
+    explain: bool,
+) -> PubSubNotifyResult:
     async def bind_nothing(router: APIRouter) -> None: ...
 
     async with connection.client(
         {"type": "manual", "callback": bind_nothing}, host="http://notify-only.invalid"
     ) as client:
-        result = await client.notify(topic=topic, sync_file=file, progress=advance)
-    return result.notified
+        return await client.notify(topic=topic, sync_file=file, progress=advance, explain=explain)
+
+
+def _print_explanation(found: Explanation) -> None:
+    for one in found.subscribers:
+        because = [*(["the topic"] if one.exact else []), *map(repr, one.globs)]
+        told = "; a MISSED notice follows" if one.will_be_told else ""
+        reason = f": {one.reason}{told}" if one.reason else ""
+        line = (
+            f"{one.outcome}  {one.url}  ({', '.join(because)})  {one.seconds * 1000:.1f} ms{reason}"
+        )
+        click.echo(_printable(line))
+    if found.websockets:
+        click.echo(f"queued for {found.websockets} websockets")
+    if found.omitted:
+        click.echo(f"and {found.omitted} more")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lonelypsc.errors import (
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
+from lonelypsp.explain import ExplainedSubscriber, Explanation
 from lonelypsp.interests import NO_TOPICS, Interests, Topics
 from lonelypsp.spool import Body
 from lonelypsp.wire import BYTES16
@@ -32,6 +33,8 @@ from lonelypsp.wire import BYTES16
 __all__ = [
     "Attempt",
     "DirectSubscribeMultipleResult",
+    "ExplainedSubscriber",
+    "Explanation",
     "Hub",
     "PubSubBindError",
     "PubSubCancelRequested",
@@ -67,9 +70,16 @@ class PubSubClientConnectionStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PubSubNotifyResult:
-    """How a notify ended. `notified`: how many subscribers confirmed that they got it."""
+    """How a notify ended.
+
+    Attributes:
+        notified: how many subscribers confirmed that they got it.
+        explanation: what became of it at each, if that was asked for and the broadcaster allows it
+            (its option `explain`). Not over a websocket, where the answer comes before that.
+    """
 
     notified: int
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +181,11 @@ class Transport(Protocol):
         the hub does not want any more. Raises PubSubRequestError."""
         ...
 
-    async def notify(self, topic: bytes, content: Content) -> int:
-        """Sends a prepared message; the number of subscribers. Raises PubSubRequestError."""
+    async def notify(
+        self, topic: bytes, content: Content, explain: bool
+    ) -> tuple[int, Explanation | None]:
+        """Sends a prepared message; the number of subscribers, and what became of each. Raises
+        PubSubRequestError."""
         ...
 
 
@@ -295,6 +308,7 @@ class PubSubClient:
         length: int | None = None,
         sha512: bytes | None = None,
         progress: Progress | None = None,
+        explain: bool = False,
         trace_initializer: object = None,
     ) -> PubSubNotifyResult:
         """Sends a message to all subscribers of `topic`.
@@ -307,6 +321,7 @@ class PubSubClient:
             length: bytes of the file to send; default: up to its end.
             sha512: the message's hash (64 bytes) if it is known; then nothing is hashed.
             progress: called with (bytes sent, bytes in all), from 0 again when a try failed.
+            explain: ask what became of the message at each subscriber.
             trace_initializer: accepted for older callers and ignored.
 
         Raises:
@@ -320,7 +335,7 @@ class PubSubClient:
             data=data, sync_file=sync_file, length=length, sha512=sha512, progress=progress
         )
         await content.prepare()
-        return PubSubNotifyResult(await self._transport.notify(topic, content))
+        return PubSubNotifyResult(*await self._transport.notify(topic, content, explain))
 
     # who wants what
     async def _want(self, owner: _Owner, topics: Topics) -> None:

@@ -36,6 +36,7 @@ from lonelypsp.bodies import (
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag, wanted
+from lonelypsp.explain import REQUEST_HEADER, Explanation, unpack
 from lonelypsp.interests import NO_TOPICS, Topics
 from lonelypsp.wire import decode, encode
 
@@ -269,8 +270,12 @@ class HttpTransport:
             )
 
     # notify
-    async def notify(self, topic: bytes, content: Content) -> int:
-        def make() -> Request[int]:
+    async def notify(
+        self, topic: bytes, content: Content, explain: bool
+    ) -> tuple[int, Explanation | None]:
+        headers = {REQUEST_HEADER: "1"} if explain else {}
+
+        def make() -> Request[ResponseNotify]:
             if content.failure is not None:
                 raise content.failure  # the next try would meet it again
             identifier = os.urandom(_IDENTIFIER_LENGTH)
@@ -280,26 +285,26 @@ class HttpTransport:
                 "NOTIFY", {**fields, "tracing": b""}, time.time()
             )
 
-            def judge(raw: bytes) -> int:
+            def judge(raw: bytes) -> ResponseNotify:
                 reply = decode(ResponseNotify, raw)
                 if reply.identifier != identifier:
                     raise RemoteProtocolError("the reply has the identifier of another notify")
                 self._verify("CONFIRM_NOTIFY", {**fields, "subscribers": reply.subscribers}, reply)
-                return reply.subscribers
+                return reply
 
             small = content.whole()
             body = content.stream(head) if small is None else head + small
-            return Request(header, len(head) + content.length, body, judge)
+            return Request(header, len(head) + content.length, body, judge, headers)
 
         try:
-            notified = await self._broadcasters.ask("/v1/notify", make)
+            reply = await self._broadcasters.ask("/v1/notify", make)
         except PubSubError:
             if content.failure is not None:
                 raise content.failure from None
             raise
         if content.whole() is not None:
             content.report(content.length)
-        return notified
+        return reply.subscribers, unpack(reply.tracing) if explain else None
 
     # reconciling
     def _note_drop(self) -> None:

@@ -50,6 +50,7 @@ from lonelypsp.compression import (
     pays,
 )
 from lonelypsp.errors import LocalProtocolError, RemoteProtocolError
+from lonelypsp.explain import Explanation
 from lonelypsp.interests import Topics
 from lonelypsp.spool import Body, Spool
 
@@ -185,7 +186,9 @@ class WebsocketTransport:
         keys = [k for k in topics.keys if not self.hub.is_wanted(k)]
         await self._settled([k for k in keys if self.link.knows(k)])
 
-    async def notify(self, topic: bytes, content: Content) -> int:
+    async def notify(
+        self, topic: bytes, content: Content, explain: bool
+    ) -> tuple[int, Explanation | None]:
         self._check()
         most = self.config.max_unsent_notifications
         if most is not None and len(self.waiting) >= most:
@@ -197,7 +200,7 @@ class WebsocketTransport:
         if self.link is not None:
             self.link.pump()
         try:
-            return await notify.result
+            return await notify.result, None  # the wire has no room for an explanation
         except asyncio.CancelledError:
             with suppress(ValueError):
                 self.waiting.remove(notify)

@@ -66,6 +66,12 @@ class BroadcasterConfig:
         "Whether GET /metrics answers, for Prometheus, without authorization. Needs the package"
         " prometheus-client (pip install 'lonelypsc[metrics]').",
     )
+    explain: bool = _option(
+        False,
+        "true | false",
+        "Whether a publisher that asks is told what became of its message at each subscriber, with"
+        " urls, patterns and reasons. Whoever may send learns who listens.",
+    )
     message_body_spool_size: int = _option(
         10 * MIB,
         "bytes",

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE, ReceiveHead, ResponseConfirmReceive
 from lonelypsp.errors import AuthResult, ProtocolError
+from lonelypsp.explain import DELIVERED, ExplainedSubscriber, Explanation, pack
 from lonelypsp.spool import Body
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
@@ -32,12 +33,13 @@ from lonelypss.sender import (
     authorization_header,
     parse_target,
 )
-from lonelypss.store.base import Store, StoreUnavailable, Subscription
+from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 
 log = logging.getLogger(__name__)
 
 MAX_COUNT = 0xFFFF_FFFF
 IDENTIFIER_LENGTH = 8
+_MOST_EXPLAINED = 1000  # an answer has room for fewer
 
 
 class Local(Protocol):
@@ -53,6 +55,60 @@ class Local(Protocol):
     def deliver(self, topic: bytes, body: Body) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         ...
+
+
+class Report:
+    """Is told what becomes of a message, and keeps nothing of it."""
+
+    def queued(self, websockets: int) -> None:
+        """So many websockets of this process get it."""
+
+    def settled(
+        self, url: str, matched: Sequence[Subscription], outcome: str, reason: str, seconds: float
+    ) -> None:
+        """A delivery has ended; `matched` are the subscriptions that led to it."""
+
+    def pack(self) -> bytes:
+        """The tracing bytes that tell of it; empty: there is nothing to tell."""
+        return b""
+
+
+NO_REPORT = Report()
+
+
+class Explained(Report):
+    """Keeps it for the publisher, as much as there is room for; see `lonelypsp.explain`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bool, list[ExplainedSubscriber]] = {False: [], True: []}
+        self._omitted = 0
+        self._websockets = 0
+
+    def queued(self, websockets: int) -> None:
+        self._websockets = websockets
+
+    def settled(
+        self, url: str, matched: Sequence[Subscription], outcome: str, reason: str, seconds: float
+    ) -> None:
+        kept = self._kept[outcome == "confirmed"]
+        if len(kept) == _MOST_EXPLAINED:
+            self._omitted += 1
+            return
+        kept.append(
+            ExplainedSubscriber(
+                url=url,
+                outcome=DELIVERED if outcome == "confirmed" else outcome,
+                reason=reason,
+                will_be_told=outcome == "failed" and any(s.recovery for s in matched),
+                exact=any(s.kind is Kind.EXACT for s in matched),
+                globs=tuple(s.pattern.decode() for s in matched if s.kind is Kind.GLOB),
+                seconds=seconds,
+            )
+        )
+
+    def pack(self) -> bytes:
+        subscribers = (*self._kept[False], *self._kept[True])
+        return pack(Explanation(subscribers, self._omitted, self._websockets))
 
 
 class Fanout:
@@ -81,11 +137,14 @@ class Fanout:
         self.local = local
         self.metrics = metrics
 
-    async def notify(self, topic: bytes, body: Body) -> int:
+    async def notify(self, topic: bytes, body: Body, report: Report = NO_REPORT) -> int:
         """Delivers one message to all its subscribers at once and waits for all answers.
 
         Each url gets one POST, however many of its subscriptions match, and each websocket one
         copy.
+
+        Args:
+            report: is told what becomes of each.
 
         Returns:
             how many subscribers confirmed, at most 2^32 - 1.
@@ -95,8 +154,9 @@ class Fanout:
         """
         urls = await self.match(topic)
         count = self.local.deliver(topic, body)
+        report.queued(count)
         if urls:
-            count += await self.post(topic, body, urls)
+            count += await self.post(topic, body, urls, report)
         return min(count, MAX_COUNT)
 
     async def match(self, topic: bytes, since: float = math.inf) -> dict[str, list[Subscription]]:
@@ -119,9 +179,15 @@ class Fanout:
             urls.pop(own, None)
         return urls
 
-    async def post(self, topic: bytes, body: Body, urls: dict[str, list[Subscription]]) -> int:
+    async def post(
+        self,
+        topic: bytes,
+        body: Body,
+        urls: dict[str, list[Subscription]],
+        report: Report = NO_REPORT,
+    ) -> int:
         """Delivers one message to `urls`; how many confirmed."""
-        round_ = Round(self, topic, body, urls)
+        round_ = Round(self, topic, body, urls, report)
         try:
             if self.config.journal_after == 0:
                 await round_.journal()
@@ -137,9 +203,15 @@ class Round:
     """One message on its way to all its subscribers."""
 
     def __init__(
-        self, fanout: Fanout, topic: bytes, body: Body, urls: dict[str, list[Subscription]]
+        self,
+        fanout: Fanout,
+        topic: bytes,
+        body: Body,
+        urls: dict[str, list[Subscription]],
+        report: Report,
     ) -> None:
         self.fanout = fanout
+        self.report = report
         self.config = fanout.config
         self.topic = topic
         self.body = body
@@ -184,7 +256,7 @@ class Round:
 
     def unsubscribe(self, url: str) -> None:
         self.unsubscribed.append(url)
-        self._settled(url, "unsubscribed")
+        self._settled(url, "unsubscribed", "it answered 00 0a: it does not want this (any more)")
 
     def fail(self, url: str, reason: str) -> None:
         recoverable = any(s.recovery for s in self.urls[url])
@@ -196,10 +268,12 @@ class Round:
             "a MISSED notice follows" if recoverable else "it has no recovery url, nothing follows",
         )
         self.failed.append(url)
-        self._settled(url, "failed")
+        self._settled(url, "failed", reason)
 
-    def _settled(self, url: str, outcome: str) -> None:
-        self.fanout.metrics.delivered(outcome, time.monotonic() - self.started)
+    def _settled(self, url: str, outcome: str, reason: str = "") -> None:
+        seconds = time.monotonic() - self.started
+        self.fanout.metrics.delivered(outcome, seconds)
+        self.report.settled(url, self.urls[url], outcome, reason, seconds)
         self.open.discard(url)
         if not self.open and not self.done.done():
             self.done.set_result(None)

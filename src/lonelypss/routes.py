@@ -33,16 +33,19 @@ from lonelypsp.bodies import (
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
+from lonelypsp.explain import REQUEST_HEADER
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
 from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
-from lonelypss.fanout import Fanout
+from lonelypss.fanout import NO_REPORT, Explained, Fanout, Report
 from lonelypss.intake import Intake, NoRoom, fill
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 
 log = logging.getLogger(__name__)
+
+_EXPLAIN = REQUEST_HEADER.lower().encode()
 
 LONG_LIST = 100_000
 """Bytes from which a list of subscriptions is taken apart in a thread."""
@@ -221,6 +224,7 @@ class Routes:
             raise Refused(503, f"this broadcaster is {why}", 1)
         self.notifies += 1
         received_ns, started = time.time_ns(), time.monotonic()
+        report = self._report(scope)
         try:
             head, rest, more = await _notify_head(receive)
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
@@ -228,13 +232,18 @@ class Routes:
             with self.intake.spool(head.length) as spool:
                 await fill(spool, rest, more, partial(_chunk, receive))
                 with closing(spool.finish(head.sha512)) as body:
-                    count = await self.fanout.notify(head.topic, body)
+                    count = await self.fanout.notify(head.topic, body, report)
         finally:
             self.notifies -= 1
         self.metrics.notified("http", time.monotonic() - started)
-        tracing = smallest_trace(received_ns, time.time_ns())
+        tracing = report.pack() or smallest_trace(received_ns, time.time_ns())
         authorization = self._authorize(scope, tracing, {**signed, "subscribers": count})
         return encode(ResponseNotify(authorization, tracing, count, head.identifier))
+
+    def _report(self, scope: Scope) -> Report:
+        if self.config.explain and any(name == _EXPLAIN for name, _ in scope["headers"]):
+            return Explained()
+        return NO_REPORT
 
     async def _whole_body(self, receive: Receive) -> bytes:
         parts, size, more = [], 0, True

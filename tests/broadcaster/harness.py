@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -109,6 +109,7 @@ def request_bytes(
     method: str = "POST",
     authorization: str | bytes | None = None,
     length: int | None = None,
+    headers: Iterable[bytes] = (),
 ) -> bytes:
     head = [
         f"{method} {path} HTTP/1.1".encode(),
@@ -118,6 +119,7 @@ def request_bytes(
     if authorization is not None:
         value = authorization.encode() if isinstance(authorization, str) else authorization
         head.append(b"Authorization: " + value)
+    head += headers
     return b"\r\n".join(head) + b"\r\n\r\n" + body
 
 

@@ -27,6 +27,7 @@ from lonelypsc.errors import (
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.ws_client import WebsocketPubSubClient
 from lonelypsp.errors import LocalProtocolError
+from lonelypss.config import BroadcasterConfig
 from programs import free_port
 from servers import our_broadcaster, read_auth
 
@@ -70,9 +71,12 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def world_of(transport: str, directory: Path, kind: Any) -> AsyncIterator[World]:
+async def world_of(
+    transport: str, directory: Path, kind: Any, **options: Any
+) -> AsyncIterator[World]:
     secrets = write_secrets(directory, kind)
-    async with our_broadcaster(secrets=secrets) as ours, AsyncExitStack() as stack:
+    config = BroadcasterConfig(db="sqlite://", **options)
+    async with our_broadcaster(config, secrets=secrets) as ours, AsyncExitStack() as stack:
         async with asyncio.timeout(DEADLINE):
             yield World(transport, ours.url, secrets, stack)
 
@@ -91,6 +95,24 @@ async def read(messages: Any) -> tuple[bytes, bytes]:
 
 
 # Sending and receiving
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_explained(transport: str, tmp_path: Path, allowed: bool) -> None:
+    async with world_of(transport, tmp_path, "hmac", explain=allowed) as world:
+        client = await world.client()
+        async with client.subscribe(exact=[b"a"], glob=["*"]) as subscription:
+            messages = await subscription.messages()
+            result = await client.notify(topic=b"a", data=b"x", explain=True)
+            assert result.notified == 1
+            assert await read(messages) == (b"a", b"x")
+            if transport == "http" and allowed:
+                assert result.explanation is not None
+                (one,) = result.explanation.subscribers
+                assert (one.outcome, one.exact, one.globs) == ("delivered", True, ("*",))
+            else:
+                assert result.explanation is None
+            assert (await client.notify(topic=b"a", data=b"x")).explanation is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

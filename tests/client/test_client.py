@@ -17,6 +17,7 @@ from lonelypsc.client import (
 )
 from lonelypsc.content import Content
 from lonelypsp.errors import LocalProtocolError
+from lonelypsp.explain import Explanation
 from lonelypsp.interests import Topics
 from lonelypsp.spool import Body
 
@@ -55,8 +56,10 @@ class Transport:
             failure, self.fail = self.fail, None
             raise failure
 
-    async def notify(self, topic: bytes, content: Content) -> int:
-        return content.length
+    async def notify(
+        self, topic: bytes, content: Content, explain: bool
+    ) -> tuple[int, Explanation | None]:
+        return content.length, Explanation(()) if explain else None
 
     async def send(self, data: bytes, topic: bytes = b"a") -> bool:
         taken: bool = await self.hub.deliver(topic, Body.of(data))
