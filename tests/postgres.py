@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,12 @@ class Postgres:
         if os.geteuid() == 0:
             os.chown(directory, _NOBODY, _NOBODY)
             self._user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        self._run("initdb", "-D", self._data, "-U", "postgres", "-A", "trust", "-E", "UTF8")
+        self._initialize()
+
+    def _initialize(self) -> None:
+        self._run(
+            "initdb", "--no-sync", "-D", self._data, "-U", "postgres", "-A", "trust", "-E", "UTF8"
+        )
 
     @property
     def _data(self) -> str:
@@ -58,6 +63,11 @@ class Postgres:
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    @property
+    def log(self) -> str:
+        """All it has said."""
+        return (self.directory / "log").read_text()
 
     def database(self) -> str:
         """A new, empty database; its url."""
@@ -89,8 +99,8 @@ class Postgres:
                 self.sql("SELECT 1")
                 return
             except subprocess.CalledProcessError:
-                assert time.monotonic() < deadline, (self.directory / "log").read_text()
-                assert self._process.poll() is None, (self.directory / "log").read_text()
+                assert time.monotonic() < deadline, self.log
+                assert self._process.poll() is None, self.log
                 time.sleep(0.05)
 
     def stop(self, signum: int = signal.SIGQUIT) -> None:
@@ -123,6 +133,26 @@ class Postgres:
         return done.stdout
 
 
+class Standby(Postgres):
+    """Follows `primary`, which answers nobody before this one has it, too; until `promote`."""
+
+    def __init__(self, directory: Path, primary: Postgres) -> None:
+        self._primary = primary
+        super().__init__(directory)
+
+    def _initialize(self) -> None:
+        origin = ("-d", self._primary.url(), "-c", "fast")
+        self._run("pg_basebackup", "-D", self._data, "--no-sync", "--write-recovery-conf", *origin)
+
+    def start(self) -> None:
+        super().start()
+        self._primary.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self._primary.sql("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        self.sql("SELECT pg_promote()")
+
+
 def _command_lines() -> list[str]:
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -134,17 +164,19 @@ def _command_lines() -> list[str]:
 
 
 @contextmanager
-def server() -> Iterator[Postgres]:
+def server(make: Callable[[Path], Postgres] = Postgres) -> Iterator[Postgres]:
     """A running server in a directory of its own."""
     # not pytest's: others may not enter that
     directory = Path(tempfile.mkdtemp(prefix="postgres-"))
     directory.chmod(0o755)
-    postgres = Postgres(directory)
     try:
-        postgres.start()
-        yield postgres
+        postgres = make(directory)
+        try:
+            postgres.start()
+            yield postgres
+        finally:
+            postgres.stop()
     finally:
-        postgres.stop()
         shutil.rmtree(directory, ignore_errors=True)
 
 

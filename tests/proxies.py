@@ -15,7 +15,8 @@ class Proxy:
         connections: how many were ever made.
         cut_up, cut_down: bytes of one connection, to the server and to the client, after which it
             is cut; used up by the first that reaches them.
-        frozen: forward nothing, and say nothing about it.
+        frozen_up, frozen_down: forward nothing to the server, to the client, and say nothing about
+            it; `freeze` sets both.
     """
 
     def __init__(self, target: int) -> None:
@@ -24,12 +25,16 @@ class Proxy:
         self.connections = 0
         self.cut_up: float = math.inf
         self.cut_down: float = math.inf
-        self.frozen = False
+        self.frozen_up = False
+        self.frozen_down = False
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def url(self, scheme: str = "http") -> str:
         return f"{scheme}://127.0.0.1:{self.port}"
+
+    def freeze(self, up: bool = True, down: bool = True) -> None:
+        self.frozen_up, self.frozen_down = up, down
 
     def cut(self) -> None:
         """Resets all connections."""
@@ -45,8 +50,8 @@ class Proxy:
             return
         self._open |= {writer, back}
         pumps = [
-            asyncio.create_task(self._pump(reader, back, "cut_up")),
-            asyncio.create_task(self._pump(there, writer, "cut_down")),
+            asyncio.create_task(self._pump(reader, back, "up")),
+            asyncio.create_task(self._pump(there, writer, "down")),
         ]
         self._tasks.update(pumps)
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -57,16 +62,16 @@ class Proxy:
         self._open -= {writer, back}
 
     async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, limit: str
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: str
     ) -> None:
         passed = 0
         try:
             while data := await source.read(65_536):
-                while self.frozen:
+                while getattr(self, f"frozen_{way}"):
                     await asyncio.sleep(0.01)
-                if passed + len(data) > (most := getattr(self, limit)):
+                if passed + len(data) > (most := getattr(self, f"cut_{way}")):
                     sink.write(data[: int(most - passed)])
-                    setattr(self, limit, math.inf)
+                    setattr(self, f"cut_{way}", math.inf)
                     return
                 passed += len(data)
                 sink.write(data)
@@ -75,7 +80,7 @@ class Proxy:
             return
 
     async def close(self) -> None:
-        self.frozen = False
+        self.freeze(up=False, down=False)
         self.cut()
         if self._tasks:
             await asyncio.wait(self._tasks)

@@ -126,11 +126,11 @@ async def test_a_connection_that_says_nothing_is_given_up(
         ):
             waiting = asyncio.create_task(anext(await subscription.messages()))
             await until(lambda: gaps.count == 1)
-            between.frozen = True
+            between.freeze()
             started = asyncio.get_running_loop().time()
             await until(lambda: receiver.connection_status is PubSubClientConnectionStatus.LOST)
             assert asyncio.get_running_loop().time() - started < 5
-            between.frozen = False
+            between.freeze(up=False, down=False)
             await until(lambda: gaps.count == 2)
             assert (await sender.notify(topic=b"t", data=b"back")).notified >= 1
             assert (await waiting).data.read() == b"back"
