@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lonelypsp import session as s
@@ -107,6 +107,7 @@ def test_any_bytes(tracing: bytes) -> None:
     assert encode(carrier) == passed_on(tracing) == (tracing if carrier else b"")
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["traceparent", "tracestate", "x"]), st.text() | parents))
 def test_any_carrier(carrier: dict[str, str]) -> None:
     assert decode(encode(carrier)).items() <= carrier.items()

@@ -25,6 +25,7 @@ from lonelypss.routes import Routes
 from lonelypss.sender import Sender
 from lonelypss.store.base import Store, StoreUnavailable
 from lonelypss.store.choose import make_store
+from lonelypss.tracing import NO_TRACING, Tracing
 from lonelypss.websocket import Connection, Websockets
 
 if TYPE_CHECKING:
@@ -52,16 +53,21 @@ class Broadcaster:
         self.store = make_store(config) if store is None else store
         self.sender = Sender(config)
         self.metrics = PrometheusMetrics() if config.metrics else NO_METRICS
-        self.missed = MissedNotices(config, self.store, self.sender, self.metrics)
+        self.tracing: Tracing = NO_TRACING
+        self.missed = MissedNotices(config, self.store, self.sender, self.metrics, self.tracing)
         self.intake = Intake(config)
         registry: Registry[Connection] = Registry()
-        self.websockets = Websockets(config, registry, self.intake, self.metrics)
+        self.websockets = Websockets(config, registry, self.intake, self.metrics, self.tracing)
         self.fanout = Fanout(
             config, self.store, self.sender, self.missed, self.websockets, self.metrics
         )
         self.websockets.fanout = self.fanout
-        self.peers = Peers(config, self.store, registry, self.intake, self.websockets)
-        self.routes = Routes(config, self.store, self.fanout, self.intake, self.metrics)
+        self.peers = Peers(
+            config, self.store, registry, self.intake, self.websockets, tracing=self.tracing
+        )
+        self.routes = Routes(
+            config, self.store, self.fanout, self.intake, self.metrics, self.tracing
+        )
         self.health = Health(self.routes)
         self.table: dict[str, ASGIApp] = {
             **self.routes.table,

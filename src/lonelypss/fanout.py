@@ -34,6 +34,7 @@ from lonelypss.sender import (
     parse_target,
 )
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
+from lonelypss.tracing import NO_STEP, Step
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Local(Protocol):
     @property
     def receive_url(self) -> str | None: ...
 
-    def deliver(self, topic: bytes, body: Body) -> int:
+    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         ...
 
@@ -137,7 +138,9 @@ class Fanout:
         self.local = local
         self.metrics = metrics
 
-    async def notify(self, topic: bytes, body: Body, report: Report = NO_REPORT) -> int:
+    async def notify(
+        self, topic: bytes, body: Body, report: Report = NO_REPORT, step: Step = NO_STEP
+    ) -> int:
         """Delivers one message to all its subscribers at once and waits for all answers.
 
         Each url gets one POST, however many of its subscriptions match, and each websocket one
@@ -145,6 +148,7 @@ class Fanout:
 
         Args:
             report: is told what becomes of each.
+            step: that of the message in its trace.
 
         Returns:
             how many subscribers confirmed, at most 2^32 - 1.
@@ -153,10 +157,10 @@ class Fanout:
             StoreUnavailable: nobody was asked; nothing was delivered.
         """
         urls = await self.match(topic)
-        count = self.local.deliver(topic, body)
+        count = self.local.deliver(topic, body, step)
         report.queued(count)
         if urls:
-            count += await self.post(topic, body, urls, report)
+            count += await self.post(topic, body, urls, report, step)
         return min(count, MAX_COUNT)
 
     async def match(self, topic: bytes, since: float = math.inf) -> dict[str, list[Subscription]]:
@@ -185,9 +189,10 @@ class Fanout:
         body: Body,
         urls: dict[str, list[Subscription]],
         report: Report = NO_REPORT,
+        step: Step = NO_STEP,
     ) -> int:
         """Delivers one message to `urls`; how many confirmed."""
-        round_ = Round(self, topic, body, urls, report)
+        round_ = Round(self, topic, body, urls, report, step)
         try:
             if self.config.journal_after == 0:
                 await round_.journal()
@@ -209,6 +214,7 @@ class Round:
         body: Body,
         urls: dict[str, list[Subscription]],
         report: Report,
+        step: Step,
     ) -> None:
         self.fanout = fanout
         self.report = report
@@ -216,6 +222,7 @@ class Round:
         self.topic = topic
         self.body = body
         self.urls = urls
+        self.step = step
         self.open = set(urls)
         self.count = 0
         self.started = time.monotonic()
@@ -238,7 +245,8 @@ class Round:
                 refused.append((url, e))
                 continue
             identifier = identifiers[at : at + IDENTIFIER_LENGTH]
-            self.fanout.sender.post(Delivery(self, url, target, identifier))
+            tracing = self.step.delivery(url, identifier)
+            self.fanout.sender.post(Delivery(self, url, target, identifier, tracing))
         for url, error in refused:
             self.fail(url, f"url refused: {error}")
 
@@ -274,6 +282,7 @@ class Round:
         seconds = time.monotonic() - self.started
         self.fanout.metrics.delivered(outcome, seconds)
         self.report.settled(url, self.urls[url], outcome, reason, seconds)
+        self.step.settled(url, outcome, reason)
         self.open.discard(url)
         if not self.open and not self.done.done():
             self.done.set_result(None)
@@ -323,21 +332,24 @@ class Round:
 class Delivery(Post):
     """One message on its way to one url."""
 
-    __slots__ = ("identifier", "round", "url")
+    __slots__ = ("identifier", "round", "tracing", "url")
 
-    def __init__(self, round_: Round, url: str, target: Target, identifier: bytes) -> None:
+    def __init__(
+        self, round_: Round, url: str, target: Target, identifier: bytes, tracing: bytes
+    ) -> None:
         super().__init__(target, round_.body)
         self.round = round_
         self.url = url
         self.identifier = identifier
+        self.tracing = tracing
 
     def head(self) -> bytes:
         round_ = self.round
-        head = encode(ReceiveHead(b"", round_.topic, self.identifier, round_.body.length))
+        head = encode(ReceiveHead(self.tracing, round_.topic, self.identifier, round_.body.length))
         authorization = round_.config.auth.to_subscriber.authorize(
             "RECEIVE",
             {
-                "tracing": b"",
+                "tracing": self.tracing,
                 "url": self.url,
                 "topic": round_.topic,
                 "identifier": self.identifier,

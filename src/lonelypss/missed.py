@@ -27,6 +27,7 @@ from lonelypss.sender import (
     parse_target,
 )
 from lonelypss.store.base import MissedNotice, Store, StoreUnavailable, Subscription
+from lonelypss.tracing import NO_TRACING, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,13 @@ class MissedNotices:
         store: Store,
         sender: Sender,
         metrics: Metrics = NO_METRICS,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.config = config
         self.store = store
         self.sender = sender
         self.metrics = metrics
+        self.tracing = tracing
         self._wake = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._journal: dict[tuple[int, bytes], _Note] = {}
@@ -159,13 +162,15 @@ class MissedNotices:
 
     async def _announce(self, notice: MissedNotice) -> None:
         outcome: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+        step = self.tracing.notice(notice.recovery, notice.topic, notice.attempts + 1)
         try:
             target = parse_target(notice.recovery)
         except UrlRefused as e:
             outcome.set_result(Reply(0, b"", f"url refused: {e}"))
         else:
-            self.sender.post(MissedPost(self.config, notice, target, outcome))
+            self.sender.post(MissedPost(self.config, notice, target, outcome, step.tracing))
         failure = await outcome
+        step.end(None if failure is None else reason(failure))
         try:
             await self._settle(notice, failure)
         except StoreUnavailable as e:
@@ -188,7 +193,7 @@ class MissedNotices:
             notice.topic,
             notice.recovery,
             notice.attempts + 1,
-            failure.error or f"status {failure.status}",
+            reason(failure),
             what_next,
         )
         self.metrics.notice("given_up" if delay is None else "retried")
@@ -209,6 +214,11 @@ class _Note:
         self.failed = False
 
 
+def reason(failure: Reply) -> str:
+    """Why it is none, for people."""
+    return failure.error or f"status {failure.status}"
+
+
 def wish(reply: Reply) -> float:
     """Seconds that the subscriber asks us to wait, within reason."""
     asked = reply.retry_after
@@ -221,7 +231,7 @@ def wish(reply: Reply) -> float:
 class MissedPost(Post):
     """One attempt at one notice. `outcome` becomes None once confirmed, else the other reply."""
 
-    __slots__ = ("config", "notice", "outcome")
+    __slots__ = ("config", "notice", "outcome", "tracing")
 
     def __init__(
         self,
@@ -229,17 +239,23 @@ class MissedPost(Post):
         notice: MissedNotice,
         target: Target,
         outcome: asyncio.Future[Reply | None],
+        tracing: bytes,
     ) -> None:
         super().__init__(target, None)
         self.config = config
         self.notice = notice
         self.outcome = outcome
+        self.tracing = tracing
 
     def head(self) -> bytes:
-        body = encode(Missed(b"", self.notice.topic))
+        body = encode(Missed(self.tracing, self.notice.topic))
         authorization = self.config.auth.to_subscriber.authorize(
             "MISSED",
-            {"tracing": b"", "recovery": self.notice.recovery, "topic": self.notice.topic},
+            {
+                "tracing": self.tracing,
+                "recovery": self.notice.recovery,
+                "topic": self.notice.topic,
+            },
             time.time(),
         )
         length = b"Content-Length: %d\r\n" % len(body)

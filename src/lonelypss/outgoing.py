@@ -12,6 +12,7 @@ from lonelypsp import session as s
 from lonelypsp.compression import compress, compress_pieces, pays
 from lonelypsp.spool import Body, Spool
 from lonelypss.intake import Intake
+from lonelypss.tracing import Step
 
 INLINE = 64 * 1024
 """Bytes up to which hashing and compressing is done in the event loop."""
@@ -37,12 +38,15 @@ class Waiting(Protocol):
 class Outgoing:
     """One message on its way to any number of websockets, compressed once per compressor."""
 
-    __slots__ = ("_holders", "_intake", "_packed", "_packing", "body", "length", "payload")
+    __slots__ = ("_holders", "_intake", "_packed", "_packing", "body", "length", "payload", "step")
 
-    def __init__(self, topic: bytes, body: Body, intake: Intake) -> None:
+    def __init__(self, topic: bytes, body: Body, intake: Intake, step: Step) -> None:
         self.body = body.share()
         self.length = body.length if body.data is not None else 0
-        self.payload = s.Payload(topic, _identifier(), body.length, body.sha512)
+        self.payload = s.Payload(
+            topic, _identifier(), body.length, body.sha512, tracing=step.tracing
+        )
+        self.step = step
         self._holders = 1
         self._intake = intake
         self._packed: dict[int, tuple[s.Payload, Body]] | None = None
@@ -59,6 +63,7 @@ class Outgoing:
         self.body.close()
         for _, body in (self._packed or {}).values():
             body.close()
+        self.step.end()
 
     def frame(self, session: s.BroadcasterSession, now: float) -> bytes | None:
         """The message in one frame; None: it needs more than that, or time. See `packed`."""
@@ -141,6 +146,7 @@ class Outgoing:
             compressor.id,
             plain.length,
             plain.sha512,
+            plain.tracing,
         )
         return payload, packed
 

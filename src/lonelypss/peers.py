@@ -37,6 +37,7 @@ from lonelypss.intake import Intake, fill
 from lonelypss.routes import _AUTH_TEXTS, Refused, Route, _chunk
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
+from lonelypss.tracing import NO_TRACING, Step, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ async def _all(futures: list[asyncio.Future[Exception | None]]) -> None:
 class Local(Protocol):
     """The websockets of this process."""
 
-    def deliver(self, topic: bytes, body: Body) -> int:
+    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         ...
 
@@ -329,6 +330,7 @@ class Peers:
         intake: Intake,
         local: Local,
         *,
+        tracing: Tracing = NO_TRACING,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
@@ -336,6 +338,7 @@ class Peers:
         self.registry = registry
         self.intake = intake
         self.local = local
+        self.tracing = tracing
         self.clock = clock
         self.table: Mapping[str, ASGIApp] = {
             RECEIVE: _Endpoint(self._receive),
@@ -437,7 +440,11 @@ class Peers:
         with self.intake.spool(head.length) as spool:
             await fill(spool, rest, more, partial(_chunk, receive))
             with closing(spool.finish(sha512)) as body:
-                count = self.local.deliver(head.topic, body)
+                with self.tracing.notify(
+                    "broadcaster", head.topic, head.length, head.tracing
+                ) as step:
+                    count = self.local.deliver(head.topic, body, step)
+                    step.answered(count)
         authorization = self._authorize(
             "CONFIRM_RECEIVE",
             {"identifier": head.identifier, "num_subscribers": count, "url": url},

@@ -42,6 +42,7 @@ from lonelypss.intake import Intake, NoRoom, fill
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
+from lonelypss.tracing import NO_TRACING, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class Routes:
         fanout: Fanout,
         intake: Intake,
         metrics: Metrics = NO_METRICS,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.config = config
         self.store = store
@@ -151,6 +153,7 @@ class Routes:
             "/v1/notify": self.notify,
         }
         self.metrics = metrics
+        self.tracing = tracing
         self.table: Mapping[str, ASGIApp] = {
             path: Route(handler, metrics) for path, handler in handlers.items()
         }
@@ -229,10 +232,14 @@ class Routes:
             head, rest, more = await _notify_head(receive)
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
             self._check(scope, head.tracing, signed)
-            with self.intake.spool(head.length) as spool:
+            with (
+                self.tracing.notify("http", head.topic, head.length, head.tracing) as step,
+                self.intake.spool(head.length) as spool,
+            ):
                 await fill(spool, rest, more, partial(_chunk, receive))
                 with closing(spool.finish(head.sha512)) as body:
-                    count = await self.fanout.notify(head.topic, body, report)
+                    count = await self.fanout.notify(head.topic, body, report, step)
+                step.answered(count)
         finally:
             self.notifies -= 1
         self.metrics.notified("http", time.monotonic() - started)

@@ -38,6 +38,7 @@ from lonelypss.outgoing import INLINE, Notice, Outgoing, Waiting
 from lonelypss.peers import Registry
 from lonelypss.routes import Refused, as_refused
 from lonelypss.store.base import Subscription
+from lonelypss.tracing import NO_TRACING, Step, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -160,18 +161,20 @@ class Websockets:
         registry: Registry[Connection],
         intake: Intake,
         metrics: Metrics = NO_METRICS,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.config = config
         self.registry = registry
         self.intake = intake
         self.fanout: Fanout
         self.metrics = metrics
+        self.tracing = tracing
         self.dictionaries = Dictionaries(config, self._changed)
         self.connections: set[Connection] = set()
         self.rounds = asyncio.Semaphore(config.max_notifies)
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsent: list[Connection] = []
-        self._undelivered: list[tuple[list[Connection], bytes, Body]] = []
+        self._undelivered: list[tuple[list[Connection], bytes, Body, Step]] = []
         self._flushing = False
         self._origins = {o.strip() for o in config.websocket_origins.split(",") if o.strip()}
 
@@ -180,25 +183,25 @@ class Websockets:
         """Where other broadcasters send what concerns us, see `Registry`."""
         return self.registry.url
 
-    def deliver(self, topic: bytes, body: Body) -> int:
+    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         connections = self.registry.match(topic)
         if connections:
-            self._queue(connections, topic, body)
+            self._queue(connections, topic, body, step)
         return len(connections)
 
-    def deliver_later(self, topic: bytes, body: Body) -> int:
+    def deliver_later(self, topic: bytes, body: Body, step: Step) -> int:
         """As `deliver`, but only `flush` queues it; before that, its publisher may be answered."""
         connections = self.registry.match(topic)
         if connections:
-            self._undelivered.append((connections, topic, body.share()))
+            self._undelivered.append((connections, topic, body.share(), step))
             self._flush_soon()
         return len(connections)
 
-    def _queue(self, connections: list[Connection], topic: bytes, body: Body) -> None:
+    def _queue(self, connections: list[Connection], topic: bytes, body: Body, step: Step) -> None:
         if body.data is not None:
             self.dictionaries.collect(body.data)
-        outgoing = Outgoing(topic, body, self.intake)
+        outgoing = Outgoing(topic, body, self.intake, step.copies(len(connections)))
         self.metrics.queued(len(connections))
         for connection in connections:
             try:
@@ -228,8 +231,8 @@ class Websockets:
                 except Exception as e:  # noqa: BLE001 logged as what it is
                     connection.failed(e)
             undelivered, self._undelivered = self._undelivered, []
-            for connections, topic, body in undelivered:
-                self._queue(connections, topic, body)
+            for connections, topic, body, step in undelivered:
+                self._queue(connections, topic, body, step)
                 body.close()
         self._flushing = False
 
@@ -533,24 +536,39 @@ class Connection:
         if self.hub.fanout.urls_known(topic, came) != {}:
             return False
         body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
-        self._answer(event, self.hub.deliver_later(topic, body))
+        with self._step(event) as step:
+            count = self.hub.deliver_later(topic, body, step)
+            self._answer(event, count)
+            step.answered(count)
         self.hub.metrics.notified("websocket", time.monotonic() - came)
         body.close()
         return True
+
+    def _step(self, event: s.BodyArrived) -> Step:
+        head = event.head
+        return self.hub.tracing.notify(
+            "websocket", head.topic, head.decompressed_length, head.tracing
+        )
 
     async def _message(self, event: s.BodyArrived, came: float) -> None:
         """Any message: to our own websockets at once, then to everybody else."""
         fanout, topic = self.hub.fanout, event.head.topic
         body = await self._body(event)
+        step = self._step(event)
         try:
             urls = await fanout.match(topic, came)
-            count = self.hub.deliver(topic, body)
+            count = self.hub.deliver(topic, body, step)
             if urls:
                 await self.hub.rounds.acquire()
-                self.hub.spawn(self._post(event, body.share(), urls, count, came))
+                self.hub.spawn(self._post(event, body.share(), urls, count, came, step))
             else:
-                self._answer(event, count, body.sha512)
+                with step:
+                    self._answer(event, count, body.sha512)
+                    step.answered(count)
                 self.hub.metrics.notified("websocket", time.monotonic() - came)
+        except BaseException as e:
+            step.end(e)
+            raise
         finally:
             body.close()
         await self._relief()
@@ -562,10 +580,13 @@ class Connection:
         urls: dict[str, list[Subscription]],
         count: int,
         came: float,
+        step: Step,
     ) -> None:
         try:
-            count += await self.hub.fanout.post(event.head.topic, body, urls)
-            self._answer(event, count, body.sha512)
+            with step:
+                count += await self.hub.fanout.post(event.head.topic, body, urls, step=step)
+                self._answer(event, count, body.sha512)
+                step.answered(count)
             self.hub.metrics.notified("websocket", time.monotonic() - came)
         except Exception as e:  # noqa: BLE001 logged as what it is
             self.failed(e)
