@@ -11,8 +11,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import environments
+import httpx
 from processes import Child, free_port
 
 from lonelypsp import secretsfile
@@ -266,18 +266,18 @@ async def start_sink(directory: Path, server: Child, secrets: Path, stack: Async
         "sink", directory, [sys.executable, str(HERE / "sink.py"), "0", *key], commanded=False
     )
     stack.push_async_callback(sink.stop)
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
         for number in range(CROWD):
             url = f"http://127.0.0.1:{sink.port}/{number}"
             body = SubscribeExact(url=url, topic=b"fan", recovery=None)
             fields = {"url": url, "topic": b"fan", "recovery": None, "tracing": b""}
             value = auth.to_broadcaster.authorize("SUBSCRIBE_EXACT", fields, time.time())
-            async with session.post(
+            response = await client.post(
                 "/v1/subscribe/exact",
-                data=encode(body),
+                content=encode(body),
                 headers={"Authorization": value} if value else {},
-            ) as response:
-                response.raise_for_status()
+            )
+            response.raise_for_status()
     return sink
 
 

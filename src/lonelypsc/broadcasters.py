@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import random
-from collections.abc import AsyncIterable, Callable, Mapping
+import ssl
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Generic, TypeVar
-
-import aiohttp
+from typing import Generic, TypeVar
 
 from lonelypsc.config.config import BroadcastersShuffler, HttpPubSubConfig
 from lonelypsc.errors import (
@@ -20,18 +19,13 @@ from lonelypsc.errors import (
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
+from lonelypsc.http_connection import Body, NoReply, NotSent, Pool, Reply, Target
 from lonelypsp.errors import RemoteProtocolError
 
 T = TypeVar("T")
 
-MAX_REPLY = 256 * 1024
 _MAX_SHOWN = 200
-_MAX_BYTES = 1024 * 1024  # what aiohttp takes as bytes without a warning
 _MAX_RETRY_AFTER = 10.0
-_MAX_CONNECTIONS = 100
-# Broadcasters (uvicorn) close idle connections after 5 s; one that is closed while a request is
-# written to it costs an ambiguous failure.
-_KEEPALIVE = 3.0
 _UNAVAILABLE = frozenset((502, 503, 504))
 
 
@@ -42,14 +36,14 @@ class Request(Generic[T]):
     Attributes:
         authorization: value of the header, or None.
         length: of the body, in bytes.
-        body: the body.
+        body: the body; what reading it raises ends all tries.
         judge: makes the result of a reply's body; raises RemoteProtocolError for a bad one.
         headers: more of them.
     """
 
     authorization: str | None
     length: int
-    body: bytes | AsyncIterable[bytes | memoryview]
+    body: Body
     judge: Callable[[bytes], T]
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,11 +59,18 @@ class _End(Enum):
 
 class _TryFailed(Exception):
     def __init__(
-        self, end: _End, outcome: str, *, arrived: bool = False, retry_after: float = 0.0
+        self,
+        end: _End,
+        outcome: str,
+        *,
+        arrived: bool = False,
+        stale: bool = False,
+        retry_after: float = 0.0,
     ) -> None:
         super().__init__(outcome)
         self.end = end
         self.arrived = arrived or end is _End.AMBIGUOUS
+        self.stale = stale
         self.retry_after = retry_after
 
 
@@ -82,18 +83,11 @@ class Broadcasters:
     def __init__(self, config: HttpPubSubConfig) -> None:
         self._config = config
         self._shuffler = BroadcastersShuffler(config.broadcasters)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, limit_per_host=_MAX_CONNECTIONS, keepalive_timeout=_KEEPALIVE
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            headers={"Accept-Encoding": "identity"},
-        )
+        self._pool = Pool(config, ssl.create_default_context)
+        self._targets: dict[str, Target] = {}
 
     async def close(self) -> None:
-        await self._session.close()
+        await self._pool.close()
 
     async def ask(
         self, path: str, make: Callable[[], Request[T]], *, conflict: T | None = None
@@ -114,13 +108,15 @@ class Broadcasters:
         attempts: list[Attempt] = []
         ends: set[_End] = set()
         retry_after = 0.0
+        resent = False
         for turn in range(self._config.outgoing_retries_per_broadcaster):
             if turn:
                 await asyncio.sleep(max(2 ** (turn - 1) + random.random(), retry_after))
             retry_after = 0.0
-            for broadcaster in self._shuffler:
-                url = broadcaster["host"] + path
-                if self._session.closed:
+            left = deque(self._shuffler)
+            while left:
+                url = left[0]["host"] + path
+                if self._pool.closed:
                     raise PubSubRequestConnectionAbandonedError("the client was left", attempts)
                 try:
                     return await self._try(url, make(), conflict)
@@ -136,9 +132,13 @@ class Broadcasters:
                             " outgoing_retry_ambiguous=True to try again in such a case:",
                             attempts,
                         ) from e
-        passes = (
-            f"outgoing_retries_per_broadcaster={len(attempts) // len(self._config.broadcasters)}"
-        )
+                    if e.stale and not resent:
+                        resent = True  # at once and to the same one: nothing is wrong with it
+                    else:
+                        left.popleft()
+        if self._pool.closed:
+            raise PubSubRequestConnectionAbandonedError("the client was left", attempts)
+        passes = f"outgoing_retries_per_broadcaster={self._config.outgoing_retries_per_broadcaster}"
         if ends == {_End.UNAVAILABLE}:
             raise PubSubRequestRetriesExhaustedError(
                 f"no broadcaster was available; tried as often as {passes} allows:", attempts
@@ -150,88 +150,46 @@ class Broadcasters:
         )
 
     async def _try(self, url: str, request: Request[T], conflict: T | None) -> T:
-        status, body = await self._post(url, request)
-        if status == 409 and conflict is not None:
-            return conflict
-        if status != 200:
-            text = f"HTTP {status}: {_shown(body)}" if body else f"HTTP {status}"
-            raise _TryFailed(_End.REFUSED, text)
-        try:
-            return request.judge(body)
-        except RemoteProtocolError as e:
-            raise _TryFailed(_End.AMBIGUOUS, f"bad reply: {e}") from e
-
-    async def _post(self, url: str, request: Request[T]) -> tuple[int, bytes]:
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(request.length),
-            **request.headers,
-        }
+        target = self._targets.get(url)
+        if target is None:
+            target = self._targets[url] = self._pool.target(url)
+        headers = request.headers
         if request.authorization is not None:
-            headers["Authorization"] = request.authorization
+            headers = {"Authorization": request.authorization, **headers}
         try:
-            async with self._session.post(
-                url,
-                data=_payload(request.body),
-                headers=headers,
-                allow_redirects=False,
-                timeout=self._timeout(request.length),
-            ) as response:
-                body = await _read(response)
-        except (
-            aiohttp.ClientConnectorError,
-            aiohttp.ConnectionTimeoutError,
-            aiohttp.InvalidURL,
-        ) as e:
-            raise _TryFailed(_End.UNREACHED, f"not reached: {_reason(e)}") from e
-        except TimeoutError as e:
-            raise _TryFailed(_End.AMBIGUOUS, f"timed out ({_reason(e)})") from e
-        except (aiohttp.ClientError, OSError) as e:
-            raise _TryFailed(_End.AMBIGUOUS, f"connection failed: {_reason(e)}") from e
-        if response.status in _UNAVAILABLE:
-            text = f"HTTP {response.status}: {_shown(body)}" if body else f"HTTP {response.status}"
-            raise _TryFailed(
-                _End.UNAVAILABLE,
-                text,
-                arrived=response.status != 503,  # a proxy says so when the answer is missing
-                retry_after=_retry_after(response),
-            )
-        return response.status, body
-
-    def _timeout(self, length: int) -> aiohttp.ClientTimeout:
-        config = self._config
-        total = config.outgoing_http_timeout_total
-        return aiohttp.ClientTimeout(
-            total=None if total is None else total + length / config.outgoing_http_min_rate,
-            connect=config.outgoing_http_timeout_connect,
-            sock_read=config.outgoing_http_timeout_sock_read,
-            sock_connect=config.outgoing_http_timeout_sock_connect,
-        )
+            reply = await self._pool.post(target, headers, request.length, request.body)
+        except NotSent as e:
+            raise _TryFailed(_End.UNREACHED, f"not reached: {e}") from e
+        except NoReply as e:
+            raise _TryFailed(_End.AMBIGUOUS, str(e), stale=e.stale) from e
+        if reply.status == 200:
+            try:
+                return request.judge(reply.body)
+            except RemoteProtocolError as e:
+                raise _TryFailed(_End.AMBIGUOUS, f"bad reply: {e}") from e
+        if reply.status == 409 and conflict is not None:
+            return conflict
+        raise _unwilling(reply)
 
 
-def _payload(body: bytes | AsyncIterable[bytes | memoryview]) -> Any:
-    return io.BytesIO(body) if isinstance(body, bytes) and len(body) > _MAX_BYTES else body
+def _unwilling(reply: Reply) -> _TryFailed:
+    text = f"HTTP {reply.status}"
+    if reply.body:
+        text += f": {_shown(reply.body)}"
+    if reply.status not in _UNAVAILABLE:
+        return _TryFailed(_End.REFUSED, text)
+    return _TryFailed(
+        _End.UNAVAILABLE,
+        text,
+        arrived=reply.status != 503,  # a proxy says so when the answer is missing
+        retry_after=_retry_after(reply.retry_after),
+    )
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > MAX_REPLY:
-            response.close()
-            raise _TryFailed(_End.AMBIGUOUS, f"bad reply: longer than {MAX_REPLY:,} bytes")
-    return bytes(body)
-
-
-def _retry_after(response: aiohttp.ClientResponse) -> float:
-    value = response.headers.get("Retry-After", "")
+def _retry_after(value: str) -> float:
     return min(float(value), _MAX_RETRY_AFTER) if value.isascii() and value.isdigit() else 0.0
 
 
 def _shown(body: bytes) -> str:
     text = body[:_MAX_SHOWN].decode("utf-8", "replace")
     return repr(text) + ("…" if len(body) > _MAX_SHOWN else "")
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__

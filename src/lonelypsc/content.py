@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import io
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import BinaryIO
 
 from lonelypsp.wire import SHA512_LENGTH
@@ -25,7 +25,6 @@ class Content:
     Attributes:
         length: bytes.
         sha512: 64 bytes; known after `prepare`.
-        failure: what reading the file ended with, if it did.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Content:
         self._progress = progress
         self.sha512 = sha512 or b""
         self.length = 0
-        self.failure: Exception | None = None
 
     async def prepare(self) -> None:
         """Finds out length and hash.
@@ -121,18 +119,14 @@ class Content:
             at += len(piece)
         return b"".join(pieces)
 
-    async def stream(self, head: bytes) -> AsyncIterator[bytes | memoryview]:
-        """`head` and the message, from its beginning."""
+    async def stream(self, head: bytes) -> AsyncGenerator[bytes | memoryview, None]:
+        """`head` and the message, from its beginning. Raises OSError, ValueError, see `read`."""
         yield head
         sent = 0
-        try:
-            async for piece in self._pieces():
-                yield piece
-                sent += len(piece)
-                self.report(sent)
-        except (OSError, ValueError) as e:
-            self.failure = e
-            raise
+        async for piece in self._pieces():
+            yield piece
+            sent += len(piece)
+            self.report(sent)
 
     def report(self, sent: int) -> None:
         """Tells the program how much of this try was handed to the network."""

@@ -276,8 +276,6 @@ class HttpTransport:
         headers = {REQUEST_HEADER: "1"} if explain else {}
 
         def make() -> Request[ResponseNotify]:
-            if content.failure is not None:
-                raise content.failure  # the next try would meet it again
             identifier = os.urandom(_IDENTIFIER_LENGTH)
             head = encode(NotifyHead(topic, content.sha512, b"", identifier, content.length))
             fields = {"topic": topic, "identifier": identifier, "sha512": content.sha512}
@@ -296,12 +294,7 @@ class HttpTransport:
             body = content.stream(head) if small is None else head + small
             return Request(header, len(head) + content.length, body, judge, headers)
 
-        try:
-            reply = await self._broadcasters.ask("/v1/notify", make)
-        except PubSubError:
-            if content.failure is not None:
-                raise content.failure from None
-            raise
+        reply = await self._broadcasters.ask("/v1/notify", make)
         if content.whole() is not None:
             content.report(content.length)
         return reply.subscribers, unpack(reply.tracing) if explain else None

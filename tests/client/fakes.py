@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import io
 import os
 import time
 from collections import defaultdict
@@ -13,9 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
-
-import aiohttp
+from urllib.parse import quote, urlsplit
 
 from lonelypsc.config.auth_config import AuthConfig
 from lonelypsc.config.config import HttpPubSubConfig, make_http_pub_sub_config
@@ -190,7 +187,6 @@ class Broadcaster:
         row: bytes | str | None = None,
         headers: dict[str, str | None] | None = None,
         change: Callable[[bytes], bytes] = lambda raw: raw,
-        session_kwargs: dict[str, Any] | None = None,
     ) -> int:
         """One RECEIVE; the number of subscribers reached. `headers` replace ours, None removes."""
         sha512 = hashlib.sha512(message).digest()
@@ -207,7 +203,7 @@ class Broadcaster:
         body = change(encode(ReceiveHead(b"", topic, identifier, len(message))) + message)
         try:
             got = await self.post(url, body, {k: v for k, v in sent.items() if v is not None})
-        except aiohttp.ClientConnectorError:
+        except ConnectionRefusedError:
             return 0  # not listening, or not yet
         self.deliveries.append(got)
         if got.body == b"\x00\x0a":
@@ -234,9 +230,39 @@ class Broadcaster:
         return await self.post(recovery, raw, headers)
 
     async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Delivery:
-        async with aiohttp.ClientSession() as session:
-            async with session.post(url, data=io.BytesIO(body), headers=headers) as response:
-                return Delivery(response.status, await response.read(), dict(response.headers))
+        """The headers go out as they are, also where no client library would send them."""
+        parts = urlsplit(url)
+        head = [f"POST {quote(parts.path, safe='/%')} HTTP/1.1", f"Host: {parts.netloc}"]
+        head += [f"{name}: {value}" for name, value in headers.items()]
+        text = "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""])
+        loop = asyncio.get_running_loop()
+        transport, answered = await loop.create_connection(_Answered, parts.hostname, parts.port)
+        try:
+            transport.write(text.encode("latin-1") + body)
+            return await answered.delivery
+        finally:
+            transport.abort()
+
+
+class _Answered(asyncio.Protocol):
+    """Reads one answer, also if it comes before everything was sent."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.delivery: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        head, empty, body = self.data.partition(b"\r\n\r\n")
+        line, *lines = head.decode("latin-1").split("\r\n")
+        pairs = [text.split(": ", 1) for text in lines] if empty else []
+        headers = {name.title(): value for name, value in pairs}
+        if empty and len(body) == int(headers["Content-Length"]) and not self.delivery.done():
+            self.delivery.set_result(Delivery(int(line.split()[1]), body, headers))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.delivery.done():
+            self.delivery.set_exception(exc or ConnectionError("no answer"))
 
 
 @asynccontextmanager

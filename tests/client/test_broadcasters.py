@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 
-from client.fakes import broadcaster, config, noop
-from lonelypsc import broadcasters as module
+from broadcaster.harness import Close, Received, reply
+from broadcaster.harness import Subscriber as Server
+from client.fakes import KEY, broadcaster, config, noop
 from lonelypsc.client import (
     PubSubRequestAmbiguousError,
+    PubSubRequestConnectionAbandonedError,
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
+from lonelypsc.config.auth_config import AuthConfig
 from lonelypsc.http_client import HttpPubSubClient
+from lonelypsp.bodies import NotifyHead, ResponseNotify
+from lonelypsp.signing import Hmac, Nothing
+from lonelypsp.wire import HeadParser, encode
 
 NOTIFY_ONLY: Any = {"type": "manual", "callback": noop}
 
@@ -164,9 +170,78 @@ async def test_bad_reply_is_an_error_that_says_why(reply: bytes, says: str) -> N
                 await client.notify(topic=b"t", data=b"x")
 
 
-async def test_long_uploads_get_more_time() -> None:
-    async with broadcaster() as fake:
-        made = config(fake, outgoing_http_timeout_total=10.0, outgoing_http_min_rate=100.0)
-        pool = module.Broadcasters(made)
-        assert pool._timeout(1000).total == 20.0
-        await pool.close()
+# A kept connection that the broadcaster closes just as it is used
+
+
+@asynccontextmanager
+async def forgetful() -> AsyncIterator[Server]:
+    """Answers the first request of a connection, and closes it when it gets a second one."""
+
+    def once(received: Received) -> bytes:
+        if sum(r.connection == received.connection for r in server.requests) > 1:
+            raise Close
+        head = found[0] if (found := HeadParser(NotifyHead).feed(received.body)) else None
+        assert head is not None
+        return reply(encode(ResponseNotify(None, b"", 1, head.identifier)))
+
+    async with Server(once) as server:
+        yield server
+
+
+async def test_it_is_sent_again_at_once_with_a_fresh_signature(sleeps: list[float]) -> None:
+    async with forgetful() as server:
+        settings: Any = {"outgoing_retries_per_broadcaster": 1, "auth": half_signed()}
+        async with notifier(server.base, **settings) as client:
+            for n in range(1, 5):
+                await client.notify(topic=b"t", data=b"x" * 100_000)
+                assert server.connections == n
+    values = [r.headers["authorization"] for r in server.requests]
+    assert len(values) == len(set(values)) == 7
+    assert len({r.body[:100] for r in server.requests}) == 7  # its identifier is another, too
+    assert sleeps == []
+
+
+async def test_it_is_not_sent_again_if_that_is_not_wanted() -> None:
+    async with forgetful() as server:
+        settings: Any = {"outgoing_retry_ambiguous": False, "auth": half_signed()}
+        async with notifier(server.base, **settings) as client:
+            await client.notify(topic=b"t", data=b"x")
+            with pytest.raises(PubSubRequestAmbiguousError, match="outgoing_retry_ambiguous") as e:
+                await client.notify(topic=b"t", data=b"x")
+    assert len(e.value.attempts) == 1
+    assert e.value.may_have_arrived
+
+
+async def test_it_is_sent_again_once_and_what_it_may_have_done_is_told() -> None:
+    async with forgetful() as server:
+        settings: Any = {"outgoing_retries_per_broadcaster": 1, "auth": half_signed()}
+        async with notifier(server.base, **settings) as client:
+            await client.notify(topic=b"t", data=b"x")
+            server.handler = close_all
+            with pytest.raises(PubSubRequestAmbiguousError) as e:
+                await client.notify(topic=b"t", data=b"x")
+    assert [a.may_have_arrived for a in e.value.attempts] == [True, True]
+    assert len(server.requests) == 3
+
+
+def close_all(_: Received) -> bytes:
+    raise Close
+
+
+def half_signed() -> AuthConfig:
+    """Requests are signed; replies are not, so that a server of a few lines can make them."""
+    return AuthConfig(to_broadcaster=Hmac(KEY), to_subscriber=Nothing())
+
+
+async def test_who_waits_when_the_client_is_left_is_told_so() -> None:
+    async with Server(lambda _: None) as server:
+        client = HttpPubSubClient(
+            config(server.base, bind=NOTIFY_ONLY, outgoing_retries_per_broadcaster=1)
+        )
+        await client.__aenter__()
+        notifying = asyncio.create_task(client.notify(topic=b"t", data=b"x"))
+        await server.got(1)
+        await client.__aexit__(None, None, None)
+        with pytest.raises(PubSubRequestConnectionAbandonedError) as e:
+            await notifying
+        assert e.value.may_have_arrived

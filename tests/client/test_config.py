@@ -52,6 +52,8 @@ MANUAL = {"type": "manual", "callback": noop}
         ("broadcasters", [{"host": "ws://h"}], "websocket"),
         ("broadcasters", [{"host": "http://h#1"}], "fragment"),
         ("broadcasters", [{"host": "http://h?x"}], "query"),
+        ("broadcasters", [{"host": "http://u:p@h"}], "user name"),
+        ("broadcasters", [{"host": "http://ü..h"}], "looked up"),
         ("broadcasters", [{"host": "http://h", "priority": "1"}], "priority"),
         ("bind", {"type": "other"}, "bind: type"),
         ("bind", {}, "bind: type"),

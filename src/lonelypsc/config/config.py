@@ -69,6 +69,8 @@ class BroadcastersShuffler:
         self._broadcasters = tuple(broadcasters)
 
     def __iter__(self) -> Iterator[PubSubBroadcasterConfig]:
+        if len(self._broadcasters) == 1:
+            return iter(self._broadcasters)
         mixed = random.sample(self._broadcasters, len(self._broadcasters))
         return iter(sorted(mixed, key=lambda b: b.get("priority", math.inf)))
 
@@ -135,6 +137,8 @@ class HttpPubSubConfig:
             "broadcasters",
             tuple(normal_broadcaster(b, ("http", "https")) for b in self.broadcasters),
         )
+        for broadcaster in self.broadcasters:
+            _check_reachable(broadcaster["host"])
         _check_bind(self.bind)
         _check_host(self.host, self.bind)
         check_auth(self.auth)
@@ -181,6 +185,19 @@ def normal_broadcaster(
     if not isinstance(config.get("priority", 0), int):
         raise ValueError(f"broadcasters: priority of {host!r} must be an int")  # noqa: TRY004
     return {**config, "host": host}
+
+
+def _check_reachable(host: str) -> None:
+    parts = urlsplit(host)
+    if parts.username is not None:
+        raise ValueError(
+            "broadcasters: host must not have a user name: the header that it would travel in"
+            " carries our authorization"
+        )
+    try:
+        (parts.hostname or "").encode("idna" if not host.isascii() else "ascii")
+    except UnicodeError as e:
+        raise ValueError(f"broadcasters: host {host!r} has no name that can be looked up") from e
 
 
 def _check_host(host: str, bind: HttpPubSubBind) -> None:
