@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# tests wait more than they compute; JOBS=0 runs them one after the other
+JOBS ?= 4
 
 .PHONY: help demo test lint types bench docs fuzz clean
 
 help:
 	@echo "make demo    see it work"
-	@echo "make test    run the tests (PYTEST_ARGS=... adds arguments)"
+	@echo "make test    run the tests (PYTEST_ARGS=... adds arguments, JOBS=0 without processes)"
 	@echo "make lint    ruff and import-linter    make types   mypy"
 	@echo "make docs    rewrite the generated parts of README and docs"
 	@echo "make bench   run the benchmarks        make fuzz    search longer for surprises"
@@ -18,7 +20,7 @@ demo: $(VENV)/.run-stamp
 	@$(BIN)/lonelypsc demo
 
 test: $(VENV)/.dev-stamp
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .

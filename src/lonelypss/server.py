@@ -303,13 +303,14 @@ class _Workers:
     def __init__(self, settings: Settings, sockets: Sequence[socket.socket], number: int) -> None:
         self._arguments = (settings, sockets)
         self._number = number
+        self._processes: list[BaseProcess] = []
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe()
         self._context = multiprocessing.get_context("spawn")
 
     def run(self, announce: Callable[[], None]) -> int:
         signal.signal(signal.SIGTERM, self._stop)
-        processes = [self._start() for _ in range(self._number)]
+        processes = self._processes = [self._start() for _ in range(self._number)]
         announce()
         status = 0
         while not self._stopping:
@@ -341,5 +342,8 @@ class _Workers:
         return process
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
+        if self._stopping:  # a second signal does not wait for the drain of the workers
+            for process in self._processes:
+                process.terminate()
         self._stopping = True
         os.write(self._wake_write, b"\0")
