@@ -2,19 +2,13 @@
 
 import asyncio
 
-from fastapi import APIRouter
-
 from lonelypsc.config.auth_config import AuthConfigFromParts
 from lonelypsc.config.config import make_http_pub_sub_config
 from lonelypsc.config.file_config import get_auth_config_from_file
 from lonelypsc.http_client import HttpPubSubClient
 
-
-async def _noop_callback(router: APIRouter) -> None: ...
-
-
 config = make_http_pub_sub_config(
-    bind={"type": "manual", "callback": _noop_callback},
+    bind={"type": "none"},
     # nobody connects here, as this program never subscribes
     host="http://127.0.0.1:3002",
     broadcasters=[{"host": "http://127.0.0.1:3003"}],

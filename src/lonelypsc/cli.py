@@ -25,8 +25,6 @@ try:
 except ImportError as e:
     raise SystemExit(f"{e}: the command line needs pip install 'lonelypsc[standard]'") from None
 
-from fastapi import APIRouter
-
 from lonelypsc.client import (
     Explanation,
     PubSubClient,
@@ -244,11 +242,7 @@ async def _notify(
     advance: Callable[[int, int], None] | None,
     explain: bool,
 ) -> PubSubNotifyResult:
-    async def bind_nothing(router: APIRouter) -> None: ...
-
-    async with connection.client(
-        {"type": "manual", "callback": bind_nothing}, host="http://notify-only.invalid"
-    ) as client:
+    async with connection.client({"type": "none"}, host="http://notify-only.invalid") as client:
         return await client.notify(topic=topic, sync_file=file, progress=advance, explain=explain)
 
 

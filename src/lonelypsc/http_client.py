@@ -111,6 +111,8 @@ class HttpTransport:
     # serving
     async def _serve(self) -> Callable[[], Awaitable[None]]:
         bind = self._config.bind
+        if bind["type"] == "none":
+            return _nothing
         if bind["type"] == "manual":
             self._set_urls(self._config.host)
             return await _run_callback(bind["callback"](self._router()))
@@ -143,6 +145,10 @@ class HttpTransport:
 
     # subscriptions
     async def ensure(self, topics: Topics) -> None:
+        if self._config.bind["type"] == "none":
+            raise RuntimeError(
+                "bind: with type 'none' nobody can reach this client: it cannot subscribe"
+            )
         async with self._lock:
             if self._known is None:
                 await self._set(self._hub.wanted)
@@ -356,6 +362,10 @@ class HttpTransport:
             ResponseCheckSubscriptions,
         )
         return reply.etag == strong_etag(receiver.url, exact, globs)
+
+
+async def _nothing() -> None:
+    """There is nothing to end."""
 
 
 async def _run_callback(serving: Awaitable[None]) -> Callable[[], Awaitable[None]]:

@@ -14,12 +14,6 @@ from typing import Any
 from lonelypsc.errors import PubSubBindError
 from lonelypsp.onewrite import OneWrite
 
-try:
-    from uvicorn.config import Config
-    from uvicorn.server import ServerState
-except ImportError:
-    Config = None  # type: ignore[assignment,misc]
-
 Scope = Any  # what starlette and uvicorn say, too
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
@@ -85,10 +79,13 @@ class Listener:
         Raises:
             PubSubBindError: the address is taken or not ours, or uvicorn is not installed.
         """
-        if Config is None:
+        try:
+            from uvicorn.config import Config
+            from uvicorn.server import ServerState
+        except ImportError as e:
             raise PubSubBindError(
                 "bind: type 'uvicorn' needs uvicorn: pip install 'lonelypsc[standard]'"
-            )
+            ) from e
         sockets = await self._bind()
         config = Config(
             self._app,

@@ -259,6 +259,16 @@ async def test_a_refusal_during_a_large_upload_is_seen() -> None:
     await listener.stop()
 
 
+async def test_without_a_bind_it_notifies_but_cannot_subscribe() -> None:
+    async with broadcaster() as fake:
+        made = config(fake, bind={"type": "none"}, host="http://notify-only.invalid")
+        async with HttpPubSubClient(made) as client:
+            assert (await client.notify(topic=b"t", data=b"x")).notified == 0
+            with pytest.raises(RuntimeError, match="bind: with type 'none'"):
+                await client.subscribe_exact(b"t").__aenter__()
+        assert fake.paths == ["/v1/notify"]
+
+
 async def test_two_clients_in_one_process() -> None:
     async with broadcaster() as fake:
         async with HttpPubSubClient(config(fake)) as one, HttpPubSubClient(config(fake)) as two:

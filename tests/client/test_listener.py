@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import socket
+import subprocess
 import sys
 import time
 from typing import Any
@@ -62,7 +63,7 @@ async def test_bad_address_is_named(host: str) -> None:
 
 
 async def test_without_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Config", None)
+    monkeypatch.setitem(sys.modules, "uvicorn.config", None)
     with pytest.raises(PubSubBindError, match=r"lonelypsc\[standard\]"):
         await Listener("127.0.0.1", 0, hello).start()
 
@@ -202,8 +203,35 @@ def test_on_uvloop() -> None:
         runner.run(rounds())
 
 
-def test_importing_the_client_does_not_import_the_web_framework() -> None:
-    import subprocess
+HEAVY = {"aiohttp", "fastapi", "starlette", "pydantic", "uvicorn", "click", "rich", "websockets"}
 
-    code = "import sys, lonelypsc.http_client; sys.exit('fastapi' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+@pytest.mark.parametrize("module", ["http_client", "ws_client", "broadcasters", "endpoints"])
+def test_importing_the_client_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, lonelypsc.{module}; print(*sys.modules)"
+    assert not HEAVY & imported(code)
+
+
+def test_a_client_that_only_notifies_imports_nothing_heavy() -> None:
+    code = """
+import asyncio, sys
+from lonelypsc.config.config import HttpPubSubConfig
+from lonelypsc.http_client import HttpPubSubClient
+from lonelypsp.signing import AuthConfig, Nothing
+config = HttpPubSubConfig(
+    bind={"type": "none"}, host="http://notify-only.invalid",
+    broadcasters=[{"host": "http://127.0.0.1:1"}], auth=AuthConfig(Nothing(), Nothing()),
+)
+async def main():
+    async with HttpPubSubClient(config):
+        print(*sys.modules)
+asyncio.run(main())
+"""
+    assert not HEAVY & imported(code)
+
+
+def imported(code: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = set(done.stdout.split())
+    assert "lonelypsc" in found
+    return found

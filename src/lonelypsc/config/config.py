@@ -47,7 +47,15 @@ class HttpPubSubBindManualConfig(TypedDict):
     callback: HttpPubSubBindManualCallback
 
 
-HttpPubSubBind: TypeAlias = HttpPubSubBindUvicornConfig | HttpPubSubBindManualConfig
+class HttpPubSubBindNoneConfig(TypedDict):
+    """Nothing is served: the client can only notify. It needs no web framework then."""
+
+    type: Literal["none"]
+
+
+HttpPubSubBind: TypeAlias = (
+    HttpPubSubBindUvicornConfig | HttpPubSubBindManualConfig | HttpPubSubBindNoneConfig
+)
 
 
 class PubSubBroadcasterConfig(TypedDict, total=False):
@@ -81,7 +89,8 @@ class HttpPubSubConfig:
 
     Args:
         bind: how the receiving endpoints are served: `{"type": "uvicorn", "host": "0.0.0.0",
-            "port": 3002}` or `{"type": "manual", "callback": async callable(router)}`.
+            "port": 3002}`, `{"type": "manual", "callback": async callable(router)}`, or
+            `{"type": "none"}` for a client that only notifies.
         host: how broadcasters reach us: `http(s)://address[:port][/prefix][#fragment]`. With a
             fragment several clients can share one listener. `{port}` stands for the real port
             when `bind` says port 0.
@@ -228,8 +237,12 @@ def _split(name: str, url: str, schemes: tuple[str, str] = ("http", "https")) ->
 
 
 def _check_bind(bind: HttpPubSubBind) -> None:
-    if bind.get("type") not in ("uvicorn", "manual"):
-        raise ValueError(f"bind: type must be 'uvicorn' or 'manual', not {bind.get('type')!r}")
+    if bind.get("type") not in ("uvicorn", "manual", "none"):
+        raise ValueError(
+            f"bind: type must be 'uvicorn', 'manual' or 'none', not {bind.get('type')!r}"
+        )
+    if bind["type"] == "none":
+        return
     if bind["type"] == "manual":
         if not callable(bind.get("callback")):
             raise ValueError("bind: callback must be an async callable that takes an APIRouter")
