@@ -78,6 +78,6 @@ def test_it_goes_on_while_it_drains(tmp_path: Path, workers: int) -> None:
 
 
 def test_a_drain_ends_by_itself(tmp_path: Path) -> None:
-    with started_broadcaster(tmp_path, "--drain=1") as (program, url):
+    with started_broadcaster(tmp_path, "--drain=1") as (program, _):
         os.kill(program.process.pid, signal.SIGTERM)
         assert program.process.wait(40) == 0
