@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import glob
 import json
 import re
@@ -375,6 +376,22 @@ def test_patterns_with_other_literal_ends_are_not_tried(monkeypatch: pytest.Monk
     monkeypatch.setattr(globs._Segment, "matches", recorded)
     assert index.match(b"foobar-0123") == [123]
     assert len(tried) == 1
+
+
+def test_the_garbage_collector_has_little_to_do() -> None:
+    """It would hold up the event loop again and again if each pattern were several objects."""
+    gc.collect()
+    before = len(gc.get_objects())
+    index: GlobIndex[int] = GlobIndex()
+    for number in range(1000):
+        index.add(f"tenant/{number}/orders/*", number)
+        index.add(f"logs/host-{number}/*/error", number)
+        index.add(f"app-{number}-*/events", number)
+    gc.collect()
+    gc.collect()
+    tracked = len(gc.get_objects()) - before
+    assert tracked < 1.1 * len(index)
+    assert sorted(index.match(b"app-7-x/events")) == [7]
 
 
 few_patterns = st.lists(patterns | deep_patterns.map("/".join), min_size=1, max_size=8)

@@ -22,7 +22,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 V = TypeVar("V", bound=Hashable)
 
@@ -31,6 +31,8 @@ _SHORT = 4
 # Each segment of an indexed pattern is a node; deeper patterns would cost 300 times their length.
 _MAX_INDEXED_SEGMENTS = 32
 _MAX_CACHED_LENGTH = 2048
+# Rests of patterns are parsed when they are met, at about 20 us if as long as this.
+_LONGEST_TAIL = 255
 
 _TOKEN = re.compile(r"\*+|[^*?\[]+|[?\[]")
 
@@ -76,9 +78,10 @@ class _Segment:
     __slots__ = ("first", "inner", "last", "least", "simulated", "starred")
 
     def __init__(self, runs: Sequence[_Run]) -> None:
-        self.first, *self.inner = runs
-        self.starred = bool(self.inner)
-        self.last: _Run = self.inner.pop() if self.inner else ""
+        self.first = runs[0]
+        self.inner = tuple(runs[1:-1])
+        self.starred = len(runs) > 1
+        self.last: _Run = runs[-1] if self.starred else ""
         self.least = sum(map(len, runs))
         self.simulated = any(not isinstance(r, str) and len(r) > _SHORT for r in self.inner)
 
@@ -322,44 +325,77 @@ def glob_matches(pattern: str, topic: bytes) -> bool:
     return text is not None and compile_glob(pattern).matches(text)
 
 
-_Bucket: TypeAlias = "dict[str, tuple[_Segment, _Node[V]]]"
-_Shapes: TypeAlias = "dict[tuple[int, int], dict[tuple[str, str], _Bucket[V]]]"
+class _Spelled(NamedTuple, Generic[V]):
+    """A value whose pattern was written with more `**` than are needed."""
+
+    pattern: str
+    value: V
+
+
+_Key: TypeAlias = "V | _Spelled[V]"
+_Leaf: TypeAlias = "tuple[str, _Key[V]]"
+"""The only value below a place, and what is left of its pattern: nothing, or `/` and segments.
+
+Most patterns differ early and are few below that, so that a tuple saves the nodes for the rest; the
+garbage collector leaves it alone, where a million nodes would cost it 100 ms again and again.
+"""
+_Child: TypeAlias = "_Node[V] | _Leaf[V]"
+_Shapes: TypeAlias = "dict[tuple[int, int], dict[tuple[str, str], dict[str, _Segment]]]"
 
 
 class _Node(Generic[V]):
     """The patterns that have the same segments so far.
 
-    `literals` holds the next segments without wildcards, `wildcards` the others by their text; of
-    these, all but `*` and `**` stand also in `shapes`, by the lengths of their literal ends and
-    then by these ends. Nothing is allocated before it is needed: most nodes are leaves.
+    `literals` holds what follows by the next segment, where that has no wildcards, `wildcards` the
+    rest; all of these but `*` and `**` stand also in `shapes`, by the lengths of their literal ends
+    and then by these ends. Nothing is allocated before it is needed.
     """
 
     __slots__ = ("entries", "literals", "shapes", "wildcards")
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[str, V], None] | None = None
-        self.literals: dict[str, _Node[V]] | None = None
-        self.wildcards: dict[str, _Node[V]] | None = None
-        self.shapes: _Shapes[V] | None = None
+        self.entries: dict[_Key[V], None] | None = None
+        self.literals: dict[str, _Child[V]] | None = None
+        self.wildcards: dict[str, _Child[V]] | None = None
+        self.shapes: _Shapes | None = None
 
-    def child(self, part: str) -> _Node[V] | None:
-        node = self.literals.get(part) if self.literals else None
-        return node or (self.wildcards.get(part) if self.wildcards else None)
+    def child(self, part: str) -> _Child[V] | None:
+        child = self.literals.get(part) if self.literals else None
+        return child or (self.wildcards.get(part) if self.wildcards else None)
 
-    def add_child(self, part: str) -> _Node[V]:
-        node: _Node[V] = _Node()
+    def add_child(self, part: str, child: _Child[V]) -> None:
         segment = None if part in ("*", "**") else _parse_segment(part)
         if isinstance(segment, str):
             self.literals = self.literals or {}
-            self.literals[part] = node
-            return node
+            self.literals[part] = child
+            return
         self.wildcards = self.wildcards or {}
-        self.wildcards[part] = node
+        self.wildcards[part] = child
         if segment is not None:
             ends = segment.literal_ends()
             self.shapes = self.shapes or {}
             buckets = self.shapes.setdefault((len(ends[0]), len(ends[1])), {})
-            buckets.setdefault(ends, {})[part] = (segment, node)
+            buckets.setdefault(ends, {})[part] = segment
+
+    def add_node(self, part: str) -> _Node[V]:
+        node: _Node[V] = _Node()
+        self.add_child(part, node)
+        return node
+
+    def split(self, part: str, leaf: _Leaf[V]) -> _Node[V]:
+        """Puts a node in the place of `leaf`, which moves one segment down."""
+        node: _Node[V] = _Node()
+        of_kind = self.literals if self.literals and part in self.literals else self.wildcards
+        assert of_kind is not None
+        of_kind[part] = node
+        tail, key = leaf
+        part, slash, rest = tail[1:].partition("/")
+        if not tail:
+            node.entries = {key: None}
+        elif part == "**":
+            node.add_node(part).entries = {key: None}
+        else:
+            node.add_child(part, (slash + rest, key))
         return node
 
     def remove_child(self, part: str) -> None:
@@ -384,18 +420,45 @@ class _Node(Generic[V]):
     def is_empty(self) -> bool:
         return not (self.entries or self.literals or self.wildcards)
 
-    def step(self, text: str) -> Iterator[_Node[V]]:
+    def step(self, text: str) -> Iterator[_Child[V]]:
         """The children, `**` aside, whose segment matches `text`."""
         if self.literals and (literal := self.literals.get(text)):
             yield literal
-        if self.wildcards and text and (star := self.wildcards.get("*")):
+        wildcards = self.wildcards
+        if not wildcards:
+            return
+        if text and (star := wildcards.get("*")):
             yield star
         for (prefix, suffix), buckets in self.shapes.items() if self.shapes else ():
             if prefix + suffix <= len(text):
                 ends = text[:prefix], text[len(text) - suffix :]
-                for segment, node in buckets.get(ends, {}).values():
+                for part, segment in buckets.get(ends, {}).items():
                     if segment.matches(text):
-                        yield node
+                        yield wildcards[part]
+
+
+def _first_leaf(parts: Sequence[str]) -> int:
+    """Behind which segment of a pattern the rest may be a leaf.
+
+    A leaf is reached at several places of a topic where a `**` comes before it. It must then match
+    at one of them only, and be quick at all others: the number of its segments decides.
+    """
+    inner = [at for at, part in enumerate(parts) if part == "**"]
+    return 0 if not inner or inner == [len(parts) - 1] else inner[-1] + 1
+
+
+@lru_cache(maxsize=4096)
+def _parse_tail(tail: str) -> list[str | _Segment]:
+    """The segments of a leaf's rest, but for a `**` at its end."""
+    parts = tail.removesuffix("/**").split("/")[1:]
+    return [_parse_segment(part) for part in parts]
+
+
+def _tail_matches(tail: str, topic: list[str], at: int) -> bool:
+    left, segments = len(topic) - at, tail.count("/")
+    if left < segments or (left > segments and not tail.endswith("/**")):
+        return False
+    return not tail or _group_fits(_parse_tail(tail), topic, at)
 
 
 class GlobIndex(Generic[V]):
@@ -419,28 +482,38 @@ class GlobIndex(Generic[V]):
     def clear(self) -> None:
         """Remove everything."""
         self._root: _Node[V] = _Node()
-        self._deep: dict[str, tuple[Glob, dict[tuple[str, V], None]]] = {}
+        self._deep: dict[str, tuple[Glob, dict[V, None]]] = {}
         self._length = 0
 
     def add(self, pattern: str, value: V) -> None:
         """Let topics that match `pattern` yield `value`. A pair that is present is left alone."""
-        entries = self._entries_for(pattern)
-        before = len(entries)
-        entries[pattern, value] = None
-        self._length += len(entries) - before
-
-    def _entries_for(self, pattern: str) -> dict[tuple[str, V], None]:
         parts = _split_pattern(pattern)
         if len(parts) > _MAX_INDEXED_SEGMENTS:
             if pattern not in self._deep:
                 self._deep[pattern] = (Glob(pattern), {})
-            return self._deep[pattern][1]
-        node = self._root
-        for part in parts:
-            node = node.child(part) or node.add_child(part)
+            is_new = _put(self._deep[pattern][1], value)
+        else:
+            is_new = self._add_indexed(parts, _key(pattern, parts, value))
+        self._length += is_new
+
+    def _add_indexed(self, parts: list[str], key: _Key[V]) -> bool:
+        node, first_leaf = self._root, _first_leaf(parts)
+        for at, part in enumerate(parts):
+            child = node.child(part)
+            if child is None:
+                tail = _tail(parts, at)
+                if at >= first_leaf and part != "**" and len(tail) <= _LONGEST_TAIL:
+                    node.add_child(part, (tail, key))
+                    return True
+                child = node.add_node(part)
+            elif isinstance(child, tuple):
+                if child == (_tail(parts, at), key):
+                    return False
+                child = node.split(part, child)
+            node = child
         if node.entries is None:
             node.entries = {}
-        return node.entries
+        return _put(node.entries, key)
 
     def remove(self, pattern: str, value: V) -> None:
         """Undo `add(pattern, value)`.
@@ -450,29 +523,35 @@ class GlobIndex(Generic[V]):
         """
         if pattern in self._deep:
             entries = self._deep[pattern][1]
-            del entries[pattern, value]
+            del entries[value]
             if not entries:
                 del self._deep[pattern]
         else:
-            self._remove_indexed(pattern, value)
+            parts = _split_pattern(pattern)
+            self._remove_indexed(parts, _key(pattern, parts, value))
         self._length -= 1
 
-    def _remove_indexed(self, pattern: str, value: V) -> None:
-        node: _Node[V] | None = self._root
-        path = []
-        for part in _split_pattern(pattern):
-            if node is None:
-                break
+    def _remove_indexed(self, parts: list[str], key: _Key[V]) -> None:
+        node, path = self._root, []
+        for at, part in enumerate(parts):
+            child = node.child(part)
             path.append((node, part))
-            node = node.child(part)
-        if node is None or node.entries is None:
-            raise KeyError((pattern, value))
-        del node.entries[pattern, value]
-        if not node.entries:
-            node.entries = None
-        while path and node.is_empty():
+            if isinstance(child, tuple) and child == (_tail(parts, at), key):
+                break
+            if child is None or isinstance(child, tuple):
+                raise KeyError(key)
+            node = child
+        else:
+            if node.entries is None:
+                raise KeyError(key)
+            del node.entries[key]
+            if not node.is_empty():
+                return
+        while path:
             node, part = path.pop()
             node.remove_child(part)
+            if not node.is_empty():
+                return
 
     def match(self, topic: bytes) -> list[V]:
         """The values of all patterns that match `topic`, in no particular order.
@@ -483,14 +562,17 @@ class GlobIndex(Generic[V]):
         text = _decode(topic)
         if text is None:
             return []
-        values = [v for node in self._walk(text.split("/")) for _, v in node.entries or ()]
+        values = [
+            key.value if isinstance(key, _Spelled) else key for key in self._walk(text.split("/"))
+        ]
         for glob, entries in self._deep.values():
             if glob.matches(text):
-                values += [value for _, value in entries]
+                values += entries
         return values
 
-    def _walk(self, topic: list[str]) -> list[_Node[V]]:
-        """The nodes whose patterns match. All nodes that are reached are followed in step."""
+    def _walk(self, topic: list[str]) -> list[_Key[V]]:
+        """What matches. All nodes that are reached are followed in step."""
+        keys: list[_Key[V]] = []
         live = [self._root]
         # The `**` nodes: those whose span may end here, those that may only after this segment
         # (`**` does not span one empty segment), and all that were met. A pattern that ends in
@@ -498,19 +580,44 @@ class GlobIndex(Generic[V]):
         spans: dict[_Node[V], None] = {}
         late: dict[_Node[V], None] = {}
         met: dict[_Node[V], None] = {}
-        for text in topic:
-            opened = {
-                node.wildcards["**"]: None
-                for node in live
-                if node.wildcards and "**" in node.wildcards
-            }
+        for at, text in enumerate(topic, 1):
+            opened: dict[_Node[V], None] = {}
+            for node in live:
+                if node.wildcards and (double := node.wildcards.get("**")):
+                    assert isinstance(double, _Node)
+                    opened[double] = None
             met |= opened
             fronts = (*live, *(spans | opened))
-            live = [child for node in fronts for child in node.step(text)]
+            live = []
+            for node in fronts:
+                for child in node.step(text):
+                    if not isinstance(child, tuple):
+                        live.append(child)
+                    elif _tail_matches(child[0], topic, at):
+                        keys.append(child[1])
             spans |= late
             late = {} if text else opened
             if text:
                 spans |= opened
             if not (live or spans or late):
                 break
-        return [*live, *met]
+        for node in (*live, *met):
+            if node.entries:
+                keys += node.entries
+        return keys
+
+
+def _tail(parts: list[str], at: int) -> str:
+    """What follows parts[at], with the slash before it."""
+    return "/".join(("", *parts[at + 1 :]))
+
+
+def _key(pattern: str, parts: list[str], value: V) -> _Key[V]:
+    return value if len(parts) == pattern.count("/") + 1 else _Spelled(pattern, value)
+
+
+def _put(entries: dict[V, None], key: V) -> bool:
+    """Whether it is new."""
+    before = len(entries)
+    entries[key] = None
+    return len(entries) > before

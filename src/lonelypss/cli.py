@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -476,12 +475,11 @@ def subs_rm(
 
 
 def _row(subscription: Subscription) -> dict[str, Any]:
-    row = asdict(subscription)
     return {
         "kind": subscription.kind.name.lower(),
         "pattern": subscription.pattern.decode("utf-8", "backslashreplace"),
-        "url": row["url"],
-        "recovery": row["recovery"],
+        "url": subscription.url,
+        "recovery": subscription.recovery,
     }
 
 

@@ -396,6 +396,28 @@ async def test_matching_holds_no_transaction_open(path: Path) -> None:
         assert busy == 0
 
 
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        ("match", "sqlite_autoindex_subscriptions_1 (kind=? AND pattern=?)"),
+        ("match_more", "sqlite_autoindex_subscriptions_1 (kind=? AND pattern=? AND url>?)"),
+        ("changed_globs", "globs_by_version (version>?)"),
+        ("all_globs", "globs_by_version (version>?)"),
+        ("subscriptions", "subscriptions_of_url (url=?)"),
+        ("next_due", "missed_by_time"),
+    ],
+)
+async def test_nothing_frequent_looks_at_all_rows(path: Path, query: str, index: str) -> None:
+    async with opened(SqliteStore(str(path))) as store:
+        sql = module._SQL[query]
+        plan = await store._read(
+            lambda db: db.execute(f"EXPLAIN QUERY PLAN {sql}", (0,) * sql.count("?")).fetchall()
+        )
+    steps = [step for *_, step in plan]
+    assert any(index in step for step in steps), steps
+    assert not any("TEMP B-TREE" in step for step in steps), steps
+
+
 # Several processes
 
 SUBSCRIBE_FOREVER = """

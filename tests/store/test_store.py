@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 import postgres
 from lonelypsp.globs import glob_matches
-from lonelypss.store import Kind, MissedNotice, Store, Subscription
+from lonelypss.store import Kind, MissedNotice, Store, Subscription, globset
 from lonelypss.store.postgres import PostgresStore
 from lonelypss.store.sqlite import SqliteStore
 
@@ -330,6 +330,34 @@ async def test_many_globs_from_elsewhere(store: Store, other: Store) -> None:
         topics = [b"%d/x" % n for n in range(0, 2_000, 50)]
         found = await asyncio.gather(*(store.match(topic) for topic in topics))
         assert [bool(f) for f in found] == [n < count for n in range(0, 2_000, 50)]
+
+
+async def test_globs_are_read_page_by_page_while_they_change(
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{type(store).__module__}.PAGE", 7)
+    await other.set_subscriptions(A, [], [(f"{n}/*", None) for n in range(100)])
+    for n in range(30):
+        store._globs._globs = globset._Globs()  # type: ignore[attr-defined] # as at the start
+        reading = asyncio.create_task(store.match(b"99/x"))
+        await other.unsubscribe(Kind.GLOB, b"%d/*" % n, A)
+        await other.set_subscriptions(B, [], [("late/*", f"http://{n}/")])
+        await reading
+        assert await store.match(b"%d/x" % n) == []
+        assert [s.recovery for s in await store.match(b"late/x")] == [f"http://{n}/"]
+        found = await asyncio.gather(*(store.match(b"%d/x" % m) for m in range(100)))
+        assert [len(f) for f in found] == [0] * (n + 1) + [1] * (99 - n)
+
+
+async def test_more_subscribers_than_are_read_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_AT_ONCE", "_ROWS_AT_ONCE"):
+        monkeypatch.setattr(f"{type(store).__module__}.{name}", 5, raising=False)
+    for count in range(1, 17):
+        await store.subscribe(Kind.EXACT, b"t", f"http://{count:02}/", None)
+        found = urls(await store.match(b"t"))
+        assert found == [f"http://{n:02}/" for n in range(1, count + 1)]
 
 
 async def test_matching_while_globs_change(store: Store, other: Store) -> None:

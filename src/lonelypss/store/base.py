@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import resources
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Kind(IntEnum):
@@ -24,9 +24,8 @@ class Kind(IntEnum):
     GLOB = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Subscription:
-    """Whom to tell about which topics.
+class Subscription(NamedTuple):
+    """Whom to tell about which topics. A tuple, for it is made for every row that matches.
 
     Attributes:
         id: never used again, also after the row is gone.

@@ -7,7 +7,7 @@ The database counts the versions of its globs. Each question to it also tells th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,9 +16,16 @@ from lonelypss.store.base import Kind, Subscription
 
 Row: TypeAlias = tuple[int, bytes | None, str | None, str | None]
 """id, pattern, url, recovery; no pattern: the row is gone."""
+Cursor: TypeAlias = tuple[int, int]
+"""The version and the id of a glob: those with higher ones come after it."""
+BEGIN: Cursor = (-1, 0)
+_Present: TypeAlias = tuple[int, bytes, str, str | None]
 
 SLICE = 500
 """Changed globs that are taken over in one go; more would hold up the event loop."""
+PAGE = 5000
+"""Globs that are read in one go where all are read."""
+_URLS_SHARED = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +33,25 @@ class GlobChange:
     """What leads from one version to another.
 
     Attributes:
-        is_complete: `rows` are all globs there are, not only what has changed.
+        is_complete: `rows` begin a list of all globs there are, instead of what has changed.
+        more: where the next rows begin, if any follow.
     """
 
     version: int
     is_complete: bool
     rows: Sequence[Row]
+    more: Cursor | None = None
 
 
 class GlobSet:
     """All globs of one version of the database.
 
     Args:
-        read: what has changed since a version.
+        read: what has changed since a version, or, where that is too long ago, all globs, page by
+            page in the order of their versions.
     """
 
-    def __init__(self, read: Callable[[int], Awaitable[GlobChange]]) -> None:
+    def __init__(self, read: Callable[[int, Cursor], Awaitable[GlobChange]]) -> None:
         self._read = read
         self._globs = _Globs()
         self._refresh: asyncio.Task[None] | None = None
@@ -70,18 +80,28 @@ class GlobSet:
             await asyncio.shield(self._refresh)
 
     async def refresh(self) -> None:
-        """Brings them to the newest version."""
-        for _ in self.take_over(await self._read(self.version)):
-            await asyncio.sleep(0)
+        """Brings them to the newest version. Until it is done, all who need that wait.
 
-    def take_over(self, change: GlobChange) -> Iterator[None]:
-        """Applies `change` in steps. Until the last, all who need the new version wait."""
-        globs = _Globs() if change.is_complete else self._globs
-        for start in range(0, len(change.rows), SLICE):
-            globs.update(change.rows[start : start + SLICE])
-            yield
-        globs.version = change.version
+        Later pages may be newer than the first. A glob that changes meanwhile moves to a later
+        page, or beyond the last one, never to an earlier one; what of it was seen is met again at
+        the next refresh, and changes nothing then.
+        """
+        change = first = await self._read(self.version, BEGIN)
+        globs = _Globs() if first.is_complete else self._globs
+        while True:
+            for start in range(0, len(change.rows), SLICE):
+                globs.update(change.rows[start : start + SLICE])
+                await asyncio.sleep(0)
+            if change.more is None:
+                break
+            change = await self._read(-1, change.more)
+        globs.version = first.version
         self._globs = globs
+
+    def apply(self, change: GlobChange) -> None:
+        """Applies few changes at once."""
+        self._globs.update(change.rows)
+        self._globs.version = change.version
 
     async def close(self) -> None:
         """Waits for what is under way."""
@@ -90,19 +110,31 @@ class GlobSet:
 
 
 class _Globs:
+    """Rows are kept as they were read: a tuple of plain values costs the garbage collector nothing.
+    Urls stand in many rows and are kept once."""
+
     def __init__(self) -> None:
         self.version = -1
-        self._by_id: dict[int, Subscription] = {}
+        self._by_id: dict[int, _Present] = {}
         self._index: GlobIndex[int] = GlobIndex()
+        self._urls: dict[str, str] = {}
 
     def match(self, topic: bytes) -> list[Subscription]:
-        return [self._by_id[id] for id in self._index.match(topic)]
+        rows = map(self._by_id.__getitem__, self._index.match(topic))
+        return [
+            Subscription(id, Kind.GLOB, pattern, url, recovery)
+            for id, pattern, url, recovery in rows
+        ]
 
     def update(self, rows: Iterable[Row]) -> None:
+        by_id, index, shared = self._by_id, self._index, self._urls.setdefault
         for id, pattern, url, recovery in rows:
-            if before := self._by_id.pop(id, None):
-                self._index.remove(before.pattern.decode(), id)
+            if before := by_id.pop(id, None):
+                index.remove(before[1].decode(), id)
             if pattern is not None:
                 assert url is not None
-                self._by_id[id] = Subscription(id, Kind.GLOB, pattern, url, recovery)
-                self._index.add(pattern.decode(), id)
+                recovery = recovery and shared(recovery, recovery)
+                by_id[id] = (id, pattern, shared(url, url), recovery)
+                index.add(pattern.decode(), id)
+        if len(self._urls) > _URLS_SHARED:
+            self._urls.clear()

@@ -32,7 +32,7 @@ from lonelypss.store.base import (
     Subscription,
     load_queries,
 )
-from lonelypss.store.globset import GlobChange, GlobSet
+from lonelypss.store.globset import PAGE, SLICE, Cursor, GlobChange, GlobSet, Row
 
 if TYPE_CHECKING:
     import asyncpg
@@ -48,6 +48,7 @@ _MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in 
 
 _ASKING = 2  # questions of `match` on their way at a time
 _AT_ONCE = 500  # topics in one of them
+_ROWS_AT_ONCE = 5000  # of an answer that are dealt with without a pause
 _TRIES = 3
 _FORGET_PEER = 86_400.0
 _MIGRATION_LOCK = 0x6C6F6E656C79  # "lonely"
@@ -151,21 +152,33 @@ class PostgresStore:
     async def _match(self, topics: list[bytes]) -> list[list[Subscription]]:
         rows = await self._read("match", topics)
         found: list[list[Subscription]] = [[] for _ in topics]
-        for n, _, id, url, recovery in rows:
-            if id is not None:
-                found[n - 1].append(_subscription(id, Kind.EXACT, topics[n - 1], url, recovery))
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            for n, _, id, url, recovery in rows[start : start + _ROWS_AT_ONCE]:
+                if id is not None:
+                    found[n - 1].append(
+                        Subscription(id, Kind.EXACT, topics[n - 1], url.decode(), _text(recovery))
+                    )
         await self._globs.catch_up(max(row[1] for row in rows))
         for topic, of_topic in zip(topics, found, strict=True):
             of_topic += self._globs.match(topic)
         return found
 
-    async def _read_globs(self, known: int) -> GlobChange:
-        first, *rows = await self._read("glob_changes", known, timeout=_LONG)
-        return GlobChange(
-            version=first["id"],
-            is_complete=first["recovery"] is not None,
-            rows=[(id, pattern, _text(url), _text(re)) for _, id, pattern, url, re in rows],
-        )
+    async def _read_globs(self, known: int, after: Cursor) -> GlobChange:
+        first, *found = await self._read("glob_changes", known, *after, PAGE, timeout=_LONG)
+        rows: list[Row] = []
+        for start in range(0, len(found), SLICE):
+            rows += [
+                (id, pattern, _text(url), _text(recovery))
+                for _, _, id, pattern, url, recovery in found[start : start + SLICE]
+            ]
+            await asyncio.sleep(0)
+        version, is_complete = first["version"], first["is_complete"]
+        more = None
+        if is_complete and len(found) == PAGE:
+            more = (found[-1]["version"], found[-1]["id"])
+        return GlobChange(version, is_complete, rows, more)
 
     async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
         if kind == Kind.GLOB:

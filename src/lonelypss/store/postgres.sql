@@ -100,22 +100,29 @@ LEFT JOIN lonelyps_subscriptions AS s
     ON s.kind = 0 AND sha256(s.pattern) = sha256(asked.topic) AND s.pattern = asked.topic;
 
 -- name: glob_changes
--- What has changed since version $1, or, where that is too long ago, all globs. The first row tells
--- the version, and whether it is all.
+-- What has changed since version $1, or, where that is too long ago, $4 of all globs, those behind
+-- ($2, $3). The first row tells the version, and which of the two it is.
 WITH now AS (
     SELECT v.value AS version, $1 < v.value - h.value OR $1 > v.value OR $1 < 0 AS is_complete
     FROM lonelyps_meta AS v, lonelyps_meta AS h
     WHERE v.key = 'glob_version' AND h.key = 'glob_history'
 )
-SELECT 0 AS place, version AS id, NULL::bytea AS pattern, NULL::bytea AS url,
-    CASE WHEN is_complete THEN ''::bytea END AS recovery FROM now
+SELECT version, is_complete, NULL::bigint AS id, NULL::bytea AS pattern, NULL::bytea AS url,
+    NULL::bytea AS recovery FROM now
 UNION ALL
-SELECT 1, d.subscription_id, NULL, NULL, NULL FROM lonelyps_dropped_globs AS d, now
-WHERE NOT is_complete AND d.version > $1
+SELECT d.version, NULL, d.subscription_id, NULL, NULL, NULL
+FROM lonelyps_dropped_globs AS d, now WHERE NOT is_complete AND d.version > $1
 UNION ALL
-SELECT 1, s.id, s.pattern, s.url, s.recovery FROM lonelyps_subscriptions AS s
-WHERE kind = 1 AND s.version > CASE WHEN (SELECT is_complete FROM now) THEN -1 ELSE $1 END
-ORDER BY place;
+SELECT s.version, NULL, s.id, s.pattern, s.url, s.recovery
+FROM lonelyps_subscriptions AS s, now WHERE NOT is_complete AND kind = 1 AND s.version > $1
+UNION ALL
+SELECT * FROM (
+    SELECT s.version, NULL::boolean, s.id, s.pattern, s.url, s.recovery
+    FROM lonelyps_subscriptions AS s
+    WHERE kind = 1 AND (SELECT is_complete FROM now) AND (s.version, s.id) > ($2, $3)
+    ORDER BY s.version, s.id LIMIT $4
+) AS page
+ORDER BY is_complete NULLS LAST, version, id;
 
 -- name: subscribe
 -- looks first: an insert that is not done would all the same make a new version of the globs

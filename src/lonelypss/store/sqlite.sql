@@ -66,17 +66,24 @@ CREATE TABLE peers (url TEXT PRIMARY KEY, alive_until REAL NOT NULL) WITHOUT ROW
 -- stands in every row, and there is at least one.
 SELECT meta.value, s.id, s.url, s.recovery
 FROM meta LEFT JOIN subscriptions AS s ON s.kind = 0 AND s.pattern = ?
-WHERE meta.key = 'glob_version';
+WHERE meta.key = 'glob_version' ORDER BY s.url LIMIT ?;
+
+-- name: match_more
+SELECT id, url, recovery FROM subscriptions WHERE kind = 0 AND pattern = ? AND url > ?
+ORDER BY url LIMIT ?;
 
 -- name: glob_version
 SELECT version.value, history.value FROM meta AS version, meta AS history
 WHERE version.key = 'glob_version' AND history.key = 'glob_history';
 
 -- name: all_globs
-SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1;
+SELECT id, pattern, url, recovery, version FROM subscriptions INDEXED BY globs_by_version
+WHERE kind = 1 AND version > ? ORDER BY version LIMIT ?;
 
 -- name: changed_globs
-SELECT id, pattern, url, recovery FROM subscriptions WHERE kind = 1 AND version > ?;
+-- without statistics SQLite would look at all globs
+SELECT id, pattern, url, recovery FROM subscriptions INDEXED BY globs_by_version
+WHERE kind = 1 AND version > ?;
 
 -- name: dropped_globs
 -- no pattern: the row is gone
@@ -85,6 +92,10 @@ SELECT subscription_id, NULL, NULL, NULL FROM dropped_globs WHERE version > ?;
 -- name: subscribe
 INSERT INTO subscriptions (kind, pattern, url, recovery) VALUES (?, ?, ?, ?)
 ON CONFLICT DO NOTHING;
+
+-- name: add_many
+-- as many rows as there are
+INSERT INTO subscriptions (kind, pattern, url, recovery) VALUES {} ON CONFLICT DO NOTHING;
 
 -- name: unsubscribe
 DELETE FROM subscriptions WHERE kind = ? AND pattern = ? AND url = ?;
@@ -96,7 +107,7 @@ SELECT id, kind, pattern, url, recovery FROM subscriptions WHERE url = ? ORDER B
 UPDATE subscriptions SET recovery = ? WHERE id = ?;
 
 -- name: drop
-DELETE FROM subscriptions WHERE id = ?;
+DELETE FROM subscriptions WHERE id IN (SELECT value FROM json_each(?));
 
 -- name: record_missed
 INSERT INTO missed (subscription_id, topic, due)
