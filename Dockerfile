@@ -8,7 +8,7 @@ COPY src ./src
 RUN python -m venv /opt/lonelypss \
     && /opt/lonelypss/bin/pip install --no-cache-dir --disable-pip-version-check \
         --only-binary=:all: --no-binary=lonelypsc \
-        -c constraints.txt '.[standard,postgres,metrics]' \
+        -c constraints.txt '.[standard,postgres,metrics,otlp]' \
     && /opt/lonelypss/bin/pip uninstall --yes --quiet pip setuptools
 
 FROM python:3.11-slim

@@ -73,7 +73,7 @@ def test_the_image_is_made_of_files_that_exist_and_nothing_else() -> None:
 def test_the_image_runs_lonelypss_itself_and_not_as_root() -> None:
     assert 'ENTRYPOINT ["lonelypss"]\nCMD ["serve"]' in DOCKERFILE
     assert "\nUSER 10001:10001\n" in DOCKERFILE
-    assert "-c constraints.txt '.[standard,postgres,metrics]'" in DOCKERFILE
+    assert "-c constraints.txt '.[standard,postgres,metrics,otlp]'" in DOCKERFILE
 
 
 def test_the_image_asks_a_broadcaster_whether_it_is_alive(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
+from types import TracebackType
 from typing import BinaryIO, Protocol
 
 from lonelypsc.content import BytesLike, Content, Progress
@@ -25,9 +26,12 @@ from lonelypsc.errors import (
     PubSubRequestRefusedError,
     PubSubRequestRetriesExhaustedError,
 )
+from lonelypsc.tracing import NO_TRACING, Tracing
+from lonelypsp import tracecontext
 from lonelypsp.explain import ExplainedSubscriber, Explanation
 from lonelypsp.interests import NO_TOPICS, Interests, Topics
 from lonelypsp.spool import Body
+from lonelypsp.tracecontext import Step
 from lonelypsp.wire import BYTES16
 
 __all__ = [
@@ -90,6 +94,12 @@ class PubSubClientMessageWithCleanup:
     sha512: bytes
     data: BinaryIO
     cleanup: Callable[[], Awaitable[None]]
+    tracing: bytes = b""
+
+    @property
+    def trace_context(self) -> dict[str, str]:
+        """See `PubSubClientMessage.trace_context`."""
+        return tracecontext.decode(self.tracing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +141,15 @@ class Hub(Protocol):
         """Whether `deliver` has to wait for the program; if not, `offer` does the same."""
         ...
 
-    def offer(self, topic: bytes, body: Body) -> bool:
+    def offer(self, topic: bytes, body: Body, tracing: bytes = b"") -> bool:
         """As `deliver`, but for buffers only."""
         ...
 
-    async def deliver(self, topic: bytes, body: Body) -> bool:
+    async def deliver(self, topic: bytes, body: Body, tracing: bytes = b"") -> bool:
         """Hands a checked message to all who want it and takes over `body`.
+
+        Args:
+            tracing: what came with it.
 
         Returns:
             False: the buffer of one of them is full, it did not get the message.
@@ -145,6 +158,10 @@ class Hub(Protocol):
 
     def gap(self) -> None:
         """Messages may have been missed, on any topic."""
+        ...
+
+    def missed(self, topic: bytes, tracing: bytes = b"") -> None:
+        """A broadcaster said so of `topic`; `tracing` came with that."""
         ...
 
     def lost(self) -> None:
@@ -182,10 +199,10 @@ class Transport(Protocol):
         ...
 
     async def notify(
-        self, topic: bytes, content: Content, explain: bool
+        self, topic: bytes, content: Content, explain: bool, tracing: bytes
     ) -> tuple[int, Explanation | None]:
-        """Sends a prepared message; the number of subscribers, and what became of each. Raises
-        PubSubRequestError."""
+        """Sends a prepared message, and `tracing` with it; the number of subscribers, and what
+        became of each. Raises PubSubRequestError."""
         ...
 
 
@@ -204,6 +221,7 @@ class PubSubClient:
         transport: how to reach broadcasters and be reached by them.
         receive_buffer_messages: bound of each subscription's buffer.
         receive_buffer_bytes: bound of each subscription's buffer.
+        tracing: where spans go.
     """
 
     def __init__(
@@ -212,8 +230,10 @@ class PubSubClient:
         *,
         receive_buffer_messages: int = 1000,
         receive_buffer_bytes: int = 64 * 1024 * 1024,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._transport = transport
+        self._tracing = tracing
         self._bounds = (receive_buffer_messages, receive_buffer_bytes)
         self._interests: Interests[_Owner] = Interests()
         self._buffers: set[Buffer] = set()
@@ -335,7 +355,12 @@ class PubSubClient:
             data=data, sync_file=sync_file, length=length, sha512=sha512, progress=progress
         )
         await content.prepare()
-        return PubSubNotifyResult(*await self._transport.notify(topic, content, explain))
+        with self._tracing.notify(topic, content.length) as step:
+            notified, explanation = await self._transport.notify(
+                topic, content, explain, step.tracing
+            )
+            step.answered(notified)
+        return PubSubNotifyResult(notified, explanation)
 
     # who wants what
     async def _want(self, owner: _Owner, topics: Topics) -> None:
@@ -388,36 +413,43 @@ class PubSubClient:
             await self._release(owner, owner.topics)
 
     # what the transport tells us
-    def _offer(self, topic: bytes, body: Body) -> bool:
-        shared = SharedBody(topic, body)
-        try:
-            return self._offer_shared(shared)
-        finally:
-            shared.release()
+    def _offer(self, topic: bytes, body: Body, tracing: bytes = b"") -> bool:
+        with self._tracing.receive(topic, body.length, tracing) as step:
+            shared = SharedBody(topic, body, step.tracing)
+            try:
+                return self._offer_shared(shared, step)
+            finally:
+                shared.release()
 
-    def _offer_shared(self, shared: SharedBody) -> bool:
+    def _offer_shared(self, shared: SharedBody, step: Step) -> bool:
         taken = True
         for owner in self._interests.match(shared.topic):
             if owner.buffer is not None and not owner.buffer.offer(shared):
                 logger.warning(
                     "a subscription's buffer is full: refused a message on %r", shared.topic
                 )
+                step.failed("a subscription's buffer is full")
                 taken = False
         return taken
 
-    async def _deliver(self, topic: bytes, body: Body) -> bool:
-        shared = SharedBody(topic, body)
-        try:
-            taken = self._offer_shared(shared)
-            for receiver in list(self._receivers.values()):
-                await _call_receiver(receiver, shared)
-        finally:
-            shared.release()
+    async def _deliver(self, topic: bytes, body: Body, tracing: bytes = b"") -> bool:
+        with self._tracing.receive(topic, body.length, tracing) as step:
+            shared = SharedBody(topic, body, step.tracing)
+            try:
+                taken = self._offer_shared(shared, step)
+                for receiver in list(self._receivers.values()):
+                    await _call_receiver(receiver, shared)
+            finally:
+                shared.release()
         return taken
 
-    def _gap(self) -> None:
+    def _missed(self, topic: bytes, tracing: bytes = b"") -> None:
+        with self._tracing.missed(topic, tracing) as step:
+            self._gap(step.tracing)
+
+    def _gap(self, tracing: bytes = b"") -> None:
         if self.connection_status is PubSubClientConnectionStatus.OK:
-            self._mark_gaps()
+            self._mark_gaps(tracing)
             self._announce("on_connection_lost", "on_connection_established")
 
     def _lost(self) -> None:
@@ -434,9 +466,9 @@ class PubSubClient:
         self._abandon(reason)
         self._announce("on_connection_abandoned")
 
-    def _mark_gaps(self) -> None:
+    def _mark_gaps(self, tracing: bytes = b"") -> None:
         for buffer in self._buffers:
-            buffer.mark_gap()
+            buffer.mark_gap(tracing)
 
     def _announce(self, *events: str) -> None:
         """Tells the status handlers, in the order of the events."""
@@ -559,6 +591,7 @@ class _ClientHub:
         self._receivers = client._receivers
         self.is_wanted = client._interests.is_wanted
         self.gap = client._gap
+        self.missed = client._missed
         self.lost = client._lost
         self.established = client._established
         self.abandoned = client._abandoned
@@ -585,7 +618,9 @@ async def _call_receiver(receiver: OnMessageReceiver, shared: SharedBody) -> Non
 
     try:
         await receiver.on_message(
-            PubSubClientMessageWithCleanup(message.topic, message.sha512, message.data, cleanup)
+            PubSubClientMessageWithCleanup(
+                message.topic, message.sha512, message.data, cleanup, message.tracing
+            )
         )
     except Exception:
         logger.exception("a message receiver failed; the message is confirmed all the same")
@@ -615,12 +650,17 @@ class PubSubClientSubscription:
         self._owner = await self._client._open(self._queued)
         return self
 
-    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
         owner, self._left = self._owner, True
         if owner is None:
             return
         if self._messages is not None:
-            self._messages.drop()
+            self._messages.drop(error)
         try:
             await self._client._close(owner, self._lock)
         except PubSubError as e:
@@ -689,15 +729,16 @@ class PubSubClientSubscription:
         if self._messages is not None:
             raise RuntimeError("already iterating: messages() can be called once")
         assert self._owner.buffer is not None
-        self._messages = _Messages(self._owner.buffer, self._on_receiving)
+        self._messages = _Messages(self._owner.buffer, self._on_receiving, self._client._tracing)
         return self._messages
 
 
 class _Messages:
-    def __init__(self, buffer: Buffer, on_receiving: OnReceiving | None) -> None:
+    def __init__(self, buffer: Buffer, on_receiving: OnReceiving | None, tracing: Tracing) -> None:
         self._buffer = buffer
         self._on_receiving = on_receiving
-        self._held: tuple[SharedBody, PubSubClientMessage] | None = None
+        self._tracing = tracing
+        self._held: tuple[SharedBody, PubSubClientMessage, Step] | None = None
 
     def __aiter__(self) -> _Messages:
         return self
@@ -710,8 +751,11 @@ class _Messages:
                 await self._close_gap()
             elif (body := self._buffer.take()) is not None:
                 self.drop()  # of another task that was here meanwhile
-                self._held = body, body.message()
-                return self._held[1]
+                step = self._tracing.process(body.topic, body.length, body.tracing)
+                step.make_current()
+                message = body.message(step.tracing)
+                self._held = body, message, step
+                return message
             else:
                 await self._buffer.news()
 
@@ -719,18 +763,20 @@ class _Messages:
         self._buffer.gap = False
         if self._on_receiving is not None:
             try:
-                await self._on_receiving()
+                with self._tracing.recover(self._buffer.gap_tracing):
+                    await self._on_receiving()
             except BaseException:
                 self._buffer.gap = True
                 raise
 
-    def drop(self) -> None:
-        """Ends the validity of the message that was returned last."""
+    def drop(self, error: BaseException | None = None) -> None:
+        """Ends the validity of the message that was returned last; `error`: of the program."""
         if self._held is not None:
-            body, message = self._held
+            body, message, step = self._held
             self._held = None
             message.data.close()
             body.release()
+            step.end(error)
 
 
 class _TimedMessages:

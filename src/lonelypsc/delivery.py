@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from lonelypsc.errors import PubSubRequestConnectionAbandonedError
+from lonelypsp import tracecontext
 from lonelypsp.spool import Body
 
 
 class SharedBody:
     """One received body with its topic, freed when the last of its holders lets go."""
 
-    __slots__ = ("_body", "_holders", "topic")
+    __slots__ = ("_body", "_holders", "topic", "tracing")
 
-    def __init__(self, topic: bytes, body: Body) -> None:
+    def __init__(self, topic: bytes, body: Body, tracing: bytes = b"") -> None:
         self.topic = topic
+        self.tracing = tracing
         self._body = body
         self._holders = 1
 
@@ -40,12 +42,14 @@ class SharedBody:
         if not self._holders:
             self._body.close()
 
-    def message(self) -> PubSubClientMessage:
+    def message(self, tracing: bytes | None = None) -> PubSubClientMessage:
+        """For the program; `tracing`: of a step of its own."""
         data = self._body.data
         return PubSubClientMessage(
             topic=self.topic,
             sha512=self._body.sha512,
             data=self._body.open() if data is None else io.BytesIO(data),
+            tracing=self.tracing if tracing is None else tracing,
         )
 
 
@@ -58,11 +62,19 @@ class PubSubClientMessage:
         sha512: 64 bytes, checked.
         data: a readable, seekable binary file at its start, on disk when the message is larger
             than `message_body_spool_size` (reading it blocks); closed at the next iteration.
+        tracing: of the step that deals with it, or as they came: see `trace_context`.
     """
 
     topic: bytes
     sha512: bytes
     data: BinaryIO
+    tracing: bytes = b""
+
+    @property
+    def trace_context(self) -> dict[str, str]:
+        """What carries on the trace of the message: `traceparent` and perhaps `tracestate`, as
+        `opentelemetry.propagate.extract` takes them; empty: it has none."""
+        return tracecontext.decode(self.tracing)
 
 
 class Buffer:
@@ -77,6 +89,7 @@ class Buffer:
         self._news = asyncio.Event()
         self._end: str | None = None
         self.gap = True
+        self.gap_tracing = b""
 
     def offer(self, body: SharedBody) -> bool:
         """Takes the message, or refuses it because the buffer is full."""
@@ -95,9 +108,10 @@ class Buffer:
     def closed(self) -> bool:
         return self._end is not None
 
-    def mark_gap(self) -> None:
-        """Messages may have been missed."""
+    def mark_gap(self, tracing: bytes = b"") -> None:
+        """Messages may have been missed, as a notice said whose step had `tracing`."""
         self.gap = True
+        self.gap_tracing = tracing
         self._news.set()
 
     def take(self) -> SharedBody | None:

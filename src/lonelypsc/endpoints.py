@@ -141,7 +141,7 @@ class ReceiveEndpoint(_Endpoint):
             await answer(send, _UNKNOWN_TOPIC, UNSUBSCRIBE_IMMEDIATE, content_type=_OCTETS)
             return
         body = await _spool(receiver.config, head.length, sha512, rest, chunks)
-        if not await receiver.hub.deliver(head.topic, body):
+        if not await receiver.hub.deliver(head.topic, body, head.tracing):
             raise _Refused(503, b"the subscriber's buffer is full", _RETRY_SOON)
         fields = {
             "tracing": b"",
@@ -190,7 +190,7 @@ class RecoverEndpoint(_Endpoint):
         missed = decode(Missed, body)
         receivers = self._authorized(scope, headers, missed)
         for receiver in receivers:
-            receiver.hub.gap()
+            receiver.hub.missed(missed.topic, missed.tracing)
             receiver.missed()
         fields = {"tracing": b"", "topic": missed.topic, "url": receivers[0].recovery}
         authorization = receivers[0].config.auth.to_broadcaster.authorize(

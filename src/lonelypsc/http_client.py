@@ -19,6 +19,7 @@ from lonelypsc.content import Content
 from lonelypsc.endpoints import ReceiveEndpoint, Receiver, RecoverEndpoint
 from lonelypsc.errors import PubSubError, PubSubRequestError
 from lonelypsc.listener import Listener, PathApp
+from lonelypsc.tracing import make_tracing
 from lonelypsp.bodies import (
     BROADCASTER_ENDPOINTS,
     ETAG_FORMAT,
@@ -67,6 +68,7 @@ def HttpPubSubClient(config: HttpPubSubConfig) -> PubSubClient:
         HttpTransport(config),
         receive_buffer_messages=config.receive_buffer_messages,
         receive_buffer_bytes=config.receive_buffer_bytes,
+        tracing=make_tracing(config.tracing),
     )
 
 
@@ -277,16 +279,16 @@ class HttpTransport:
 
     # notify
     async def notify(
-        self, topic: bytes, content: Content, explain: bool
+        self, topic: bytes, content: Content, explain: bool, tracing: bytes
     ) -> tuple[int, Explanation | None]:
         headers = {REQUEST_HEADER: "1"} if explain else {}
 
         def make() -> Request[ResponseNotify]:
             identifier = os.urandom(_IDENTIFIER_LENGTH)
-            head = encode(NotifyHead(topic, content.sha512, b"", identifier, content.length))
+            head = encode(NotifyHead(topic, content.sha512, tracing, identifier, content.length))
             fields = {"topic": topic, "identifier": identifier, "sha512": content.sha512}
             header = self._auth.to_broadcaster.authorize(
-                "NOTIFY", {**fields, "tracing": b""}, time.time()
+                "NOTIFY", {**fields, "tracing": tracing}, time.time()
             )
 
             def judge(raw: bytes) -> ResponseNotify:

@@ -38,6 +38,7 @@ from lonelypsc.errors import (
     PubSubRequestQueueFullError,
     PubSubRequestRefusedError,
 )
+from lonelypsc.tracing import make_tracing
 from lonelypsc.ws_connection import ConnectionLost, Socket, connect, websockets_package
 from lonelypsp import messages as m
 from lonelypsp import session as s
@@ -87,17 +88,21 @@ def WebsocketPubSubClient(config: WebsocketPubSubConfig) -> PubSubClient:
         WebsocketTransport(config),
         receive_buffer_messages=config.receive_buffer_messages,
         receive_buffer_bytes=config.receive_buffer_bytes,
+        tracing=make_tracing(config.tracing),
     )
 
 
 class _Notify:
     """A message on its way out, over as many connections as it takes."""
 
-    __slots__ = ("content", "identifier", "maybe_sent", "result", "topic")
+    __slots__ = ("content", "identifier", "maybe_sent", "result", "topic", "tracing")
 
-    def __init__(self, topic: bytes, content: Content, result: asyncio.Future[int]) -> None:
+    def __init__(
+        self, topic: bytes, content: Content, tracing: bytes, result: asyncio.Future[int]
+    ) -> None:
         self.topic = topic
         self.content = content
+        self.tracing = tracing
         self.identifier = _identifier()
         self.result = result
         self.maybe_sent = False
@@ -187,7 +192,7 @@ class WebsocketTransport:
         await self._settled([k for k in keys if self.link.knows(k)])
 
     async def notify(
-        self, topic: bytes, content: Content, explain: bool
+        self, topic: bytes, content: Content, explain: bool, tracing: bytes
     ) -> tuple[int, Explanation | None]:
         self._check()
         most = self.config.max_unsent_notifications
@@ -195,7 +200,7 @@ class WebsocketTransport:
             raise PubSubRequestQueueFullError(
                 f"{len(self.waiting):,} messages wait to be sent (max_unsent_notifications)"
             )
-        notify = _Notify(topic, content, asyncio.get_running_loop().create_future())
+        notify = _Notify(topic, content, tracing, asyncio.get_running_loop().create_future())
         self.waiting.append(notify)
         if self.link is not None:
             self.link.pump()
@@ -706,7 +711,7 @@ class Link:
             return self._part(event)
         elif isinstance(event, s.TopicMissed):
             logger.info("messages on %r may have been missed", event.topic)
-            self.hub.gap()
+            self.hub.missed(event.topic)
         return None
 
     async def _part(self, event: s.PartArrived) -> None:
@@ -719,7 +724,7 @@ class Link:
         if event.body is None or event.compressor is not None or self._must_hand_over:
             return False
         body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
-        self.hub.offer(event.head.topic, body)
+        self.hub.offer(event.head.topic, body, event.head.tracing)
         self._acknowledge(event)
         return True
 
@@ -741,7 +746,7 @@ class Link:
     async def _message(self, event: s.BodyArrived) -> None:
         body = await self._body(event)
         if not self._must_hand_over:
-            self.hub.offer(event.head.topic, body)
+            self.hub.offer(event.head.topic, body, event.head.tracing)
             self._acknowledge(event)
             return
         if body.data is not None:
@@ -765,7 +770,7 @@ class Link:
                     event, body = self._handed.popleft()
                     if body.data is not None:
                         self._handed_bytes -= body.length
-                    await self.hub.deliver(event.head.topic, body)
+                    await self.hub.deliver(event.head.topic, body, event.head.tracing)
                     self._acknowledge(event)
         except Exception:
             logger.exception("delivering a message failed in an unforeseen way")
@@ -845,7 +850,9 @@ def _told(error: Exception) -> Exception:
 
 def _plain(notify: _Notify) -> s.Payload:
     content = notify.content
-    return s.Payload(notify.topic, notify.identifier, content.length, content.sha512)
+    return s.Payload(
+        notify.topic, notify.identifier, content.length, content.sha512, tracing=notify.tracing
+    )
 
 
 def _packed(notify: _Notify, compressor: s.Compressor, body: Body) -> s.Payload:
@@ -858,6 +865,7 @@ def _packed(notify: _Notify, compressor: s.Compressor, body: Body) -> s.Payload:
         compressor.id,
         content.length,
         content.sha512,
+        notify.tracing,
     )
 
 

@@ -1,4 +1,4 @@
-"""W3C trace context in the tracing bytes of a message (docs/how-to/observe.md).
+"""Traces: the W3C trace context in the tracing bytes of a message (docs/how-to/observe.md).
 
 The bytes are the value of `traceparent`, in ASCII, and where there is one a newline and the value
 of `tracestate`. Tracing bytes belong to whoever sends them: all that is not exactly this, such as
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
 
 MAX_TRACESTATE = 512
 """Bytes; a longer one is left out."""
@@ -48,3 +50,43 @@ def passed_on(tracing: bytes) -> bytes:
     Anything else was meant for us alone.
     """
     return tracing if _context.fullmatch(tracing) else b""
+
+
+class Step:
+    """A step of a message on its way, of which nothing is recorded; see `lonelypsp.otel`.
+
+    Attributes:
+        tracing: bytes that go with the message to whoever gets it next.
+    """
+
+    __slots__ = ("tracing",)
+
+    def __init__(self, tracing: bytes = b"") -> None:
+        self.tracing = tracing
+
+    def __enter__(self) -> Self:
+        self.make_current()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end(error)
+
+    def make_current(self) -> None:
+        """What the same task does until the end belongs to this step."""
+
+    def answered(self, subscribers: int) -> None:
+        """So many have confirmed."""
+
+    def failed(self, reason: str) -> None:
+        """It goes on, but did not do what it was for."""
+
+    def end(self, error: BaseException | str | None = None) -> None:
+        """It is over, because of `error` if there is one. Only the first call counts."""
+
+
+NO_STEP = Step()

@@ -25,7 +25,7 @@ from lonelypss.routes import Routes
 from lonelypss.sender import Sender
 from lonelypss.store.base import Store, StoreUnavailable
 from lonelypss.store.choose import make_store
-from lonelypss.tracing import NO_TRACING, Tracing
+from lonelypss.tracing import NO_TRACING, OpenTelemetry, Tracing
 from lonelypss.websocket import Connection, Websockets
 
 if TYPE_CHECKING:
@@ -46,14 +46,23 @@ class Broadcaster:
     Args:
         config: how it runs.
         store: where subscriptions are kept; by default the database that `config.db` names.
+        tracing: where spans go; by default the global provider of OpenTelemetry, if
+            `config.tracing` says so.
     """
 
-    def __init__(self, config: BroadcasterConfig, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        config: BroadcasterConfig,
+        store: Store | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.config = config
         self.store = make_store(config) if store is None else store
         self.sender = Sender(config)
         self.metrics = PrometheusMetrics() if config.metrics else NO_METRICS
-        self.tracing: Tracing = NO_TRACING
+        if tracing is None:
+            tracing = OpenTelemetry() if config.tracing else NO_TRACING
+        self.tracing = tracing
         self.missed = MissedNotices(config, self.store, self.sender, self.metrics, self.tracing)
         self.intake = Intake(config)
         registry: Registry[Connection] = Registry()

@@ -66,6 +66,14 @@ class BroadcasterConfig:
         "Whether GET /metrics answers, for Prometheus, without authorization. Needs the package"
         " prometheus-client (pip install 'lonelypsc[metrics]').",
     )
+    tracing: bool = _option(
+        False,
+        "true | false",
+        "Whether spans of OpenTelemetry are made of messages, deliveries and MISSED notices (pip"
+        " install 'lonelypsc[otel]'). `lonelypss serve` sends them as the variables OTEL_* say"
+        " (pip install 'lonelypsc[otlp]'). The trace of a publisher reaches subscribers in any"
+        " case.",
+    )
     explain: bool = _option(
         False,
         "true | false",

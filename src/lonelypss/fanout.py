@@ -34,7 +34,7 @@ from lonelypss.sender import (
     parse_target,
 )
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
-from lonelypss.tracing import NO_STEP, Step
+from lonelypss.tracing import NO_MESSAGE_STEP, MessageStep
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Local(Protocol):
     @property
     def receive_url(self) -> str | None: ...
 
-    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
+    def deliver(self, topic: bytes, body: Body, step: MessageStep) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         ...
 
@@ -139,7 +139,11 @@ class Fanout:
         self.metrics = metrics
 
     async def notify(
-        self, topic: bytes, body: Body, report: Report = NO_REPORT, step: Step = NO_STEP
+        self,
+        topic: bytes,
+        body: Body,
+        report: Report = NO_REPORT,
+        step: MessageStep = NO_MESSAGE_STEP,
     ) -> int:
         """Delivers one message to all its subscribers at once and waits for all answers.
 
@@ -189,7 +193,7 @@ class Fanout:
         body: Body,
         urls: dict[str, list[Subscription]],
         report: Report = NO_REPORT,
-        step: Step = NO_STEP,
+        step: MessageStep = NO_MESSAGE_STEP,
     ) -> int:
         """Delivers one message to `urls`; how many confirmed."""
         round_ = Round(self, topic, body, urls, report, step)
@@ -214,7 +218,7 @@ class Round:
         body: Body,
         urls: dict[str, list[Subscription]],
         report: Report,
-        step: Step,
+        step: MessageStep,
     ) -> None:
         self.fanout = fanout
         self.report = report

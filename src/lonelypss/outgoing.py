@@ -11,8 +11,8 @@ from typing import Protocol
 from lonelypsp import session as s
 from lonelypsp.compression import compress, compress_pieces, pays
 from lonelypsp.spool import Body, Spool
+from lonelypsp.tracecontext import Step
 from lonelypss.intake import Intake
-from lonelypss.tracing import Step
 
 INLINE = 64 * 1024
 """Bytes up to which hashing and compressing is done in the event loop."""

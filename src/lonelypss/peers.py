@@ -37,7 +37,7 @@ from lonelypss.intake import Intake, fill
 from lonelypss.routes import _AUTH_TEXTS, Refused, Route, _chunk
 from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
-from lonelypss.tracing import NO_TRACING, Step, Tracing
+from lonelypss.tracing import NO_TRACING, MessageStep, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -289,7 +289,7 @@ async def _all(futures: list[asyncio.Future[Exception | None]]) -> None:
 class Local(Protocol):
     """The websockets of this process."""
 
-    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
+    def deliver(self, topic: bytes, body: Body, step: MessageStep) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         ...
 

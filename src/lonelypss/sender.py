@@ -23,6 +23,7 @@ import math
 import re
 import ssl
 from collections import deque
+from contextvars import Context
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from urllib.parse import quote
@@ -302,7 +303,8 @@ class _Host:
             ):
                 return
             connection = _Connection(self)
-            task = self.sender.loop.create_task(self._connect(connection))
+            # it outlives the message for which it is opened, and is no part of its trace
+            task = self.sender.loop.create_task(self._connect(connection), context=Context())
             self.connecting.add(task)
             task.add_done_callback(partial(self._attempted, connection))
 

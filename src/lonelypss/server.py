@@ -30,6 +30,7 @@ from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
 from lonelypss.secrets import load_auth, replay_path
+from lonelypss.tracing import export_spans
 from lonelypss.websocket import BURST, as_closing
 
 log = logging.getLogger(__name__)
@@ -268,6 +269,8 @@ class _Server(uvicorn.Server):
 def _run(
     settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
 ) -> None:
+    if settings.config.tracing:
+        export_spans()
     app = settings.app()
     config = uvicorn.Config(
         app,

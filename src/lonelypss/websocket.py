@@ -38,7 +38,7 @@ from lonelypss.outgoing import INLINE, Notice, Outgoing, Waiting
 from lonelypss.peers import Registry
 from lonelypss.routes import Refused, as_refused
 from lonelypss.store.base import Subscription
-from lonelypss.tracing import NO_TRACING, Step, Tracing
+from lonelypss.tracing import NO_TRACING, MessageStep, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Websockets:
         self.rounds = asyncio.Semaphore(config.max_notifies)
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsent: list[Connection] = []
-        self._undelivered: list[tuple[list[Connection], bytes, Body, Step]] = []
+        self._undelivered: list[tuple[list[Connection], bytes, Body, MessageStep]] = []
         self._flushing = False
         self._origins = {o.strip() for o in config.websocket_origins.split(",") if o.strip()}
 
@@ -183,14 +183,14 @@ class Websockets:
         """Where other broadcasters send what concerns us, see `Registry`."""
         return self.registry.url
 
-    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
+    def deliver(self, topic: bytes, body: Body, step: MessageStep) -> int:
         """Queues a message for all that want it; how many. Shares `body` with the caller."""
         connections = self.registry.match(topic)
         if connections:
             self._queue(connections, topic, body, step)
         return len(connections)
 
-    def deliver_later(self, topic: bytes, body: Body, step: Step) -> int:
+    def deliver_later(self, topic: bytes, body: Body, step: MessageStep) -> int:
         """As `deliver`, but only `flush` queues it; before that, its publisher may be answered."""
         connections = self.registry.match(topic)
         if connections:
@@ -198,7 +198,9 @@ class Websockets:
             self._flush_soon()
         return len(connections)
 
-    def _queue(self, connections: list[Connection], topic: bytes, body: Body, step: Step) -> None:
+    def _queue(
+        self, connections: list[Connection], topic: bytes, body: Body, step: MessageStep
+    ) -> None:
         if body.data is not None:
             self.dictionaries.collect(body.data)
         outgoing = Outgoing(topic, body, self.intake, step.copies(len(connections)))
@@ -544,7 +546,7 @@ class Connection:
         body.close()
         return True
 
-    def _step(self, event: s.BodyArrived) -> Step:
+    def _step(self, event: s.BodyArrived) -> MessageStep:
         head = event.head
         return self.hub.tracing.notify(
             "websocket", head.topic, head.decompressed_length, head.tracing
@@ -580,7 +582,7 @@ class Connection:
         urls: dict[str, list[Subscription]],
         count: int,
         came: float,
-        step: Step,
+        step: MessageStep,
     ) -> None:
         try:
             with step:

@@ -36,7 +36,7 @@ from lonelypss.peers import MISSED, RECEIVE, Peers, Registry, peer_url
 from lonelypss.sender import Sender
 from lonelypss.store import Kind, StoreUnavailable, Subscription
 from lonelypss.store.sqlite import SqliteStore
-from lonelypss.tracing import Step
+from lonelypss.tracing import MessageStep
 
 from .harness import (
     DOWN,
@@ -494,7 +494,7 @@ class Sockets:
 
     receive_url: str | None = None
 
-    def deliver(self, topic: bytes, body: Body, step: Step) -> int:
+    def deliver(self, topic: bytes, body: Body, step: MessageStep) -> int:
         owners = self.registry.match(topic)
         self.messages += [(topic, body.read_at(0, body.length))] * len(owners)
         return len(owners)

@@ -57,7 +57,7 @@ class Transport:
             raise failure
 
     async def notify(
-        self, topic: bytes, content: Content, explain: bool
+        self, topic: bytes, content: Content, explain: bool, tracing: bytes = b""
     ) -> tuple[int, Explanation | None]:
         return content.length, Explanation(()) if explain else None
 

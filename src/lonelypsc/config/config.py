@@ -108,7 +108,9 @@ class HttpPubSubConfig:
             on the request; default True. A retried notify may be delivered twice.
         resubscribe_interval: seconds between checks that the broadcasters know our
             subscriptions; default 300.
-        tracing: accepted for older callers and ignored.
+        tracing: True, or a `TracerProvider` of OpenTelemetry: spans of messages go to the global
+            provider or to this one (docs/how-to/observe.md). Tracers of older programs are accepted
+            and ignored. Default None.
         receive_buffer_messages: messages one subscription holds for the program; default 1000.
         receive_buffer_bytes: bytes it holds; a message always fits an empty buffer; default 64 MiB.
         max_receive_body: bytes; a longer message is answered 413; default None, no limit.

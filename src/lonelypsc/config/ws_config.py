@@ -82,6 +82,8 @@ class WebsocketPubSubConfig:
             top is dropped, and `on_receiving` runs before the next one; default 1000.
         receive_buffer_bytes: bytes it holds; a message always fits an empty buffer; default 64 MiB.
         ssl_context: for wss://; default: the system's certificates.
+        tracing: True, or a `TracerProvider` of OpenTelemetry: spans of messages go to the global
+            provider or to this one (docs/how-to/observe.md); default None.
 
     Raises:
         ValueError: a setting cannot work; the message names it.
@@ -116,6 +118,7 @@ class WebsocketPubSubConfig:
     receive_buffer_messages: int = 1000
     receive_buffer_bytes: int = 64 * MIB
     ssl_context: SSLContext | None = None
+    tracing: object = None
 
     def __post_init__(self) -> None:
         schemes = ("ws", "wss")
