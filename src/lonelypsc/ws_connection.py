@@ -1,6 +1,7 @@
 """One websocket of a client: binary frames in and out, nothing about what they mean.
 
-The rules of websockets come from the package `websockets`, which does no I/O; this adds the socket.
+The rules of websockets come from the package `websockets`, which does no I/O; this adds the socket,
+and a shortcut for the frames of the ordinary case (`lonelypsp.frames`).
 Frames that are sent during one turn of the event loop leave in one write, because a write costs
 more than making several frames.
 """
@@ -9,19 +10,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from os import urandom
 from ssl import SSLContext, create_default_context
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from lonelypsc.errors import PubSubError
+from lonelypsp.frames import Cutter, masked_frame
 
 if TYPE_CHECKING:
     from websockets.client import ClientProtocol
 
 _RESUME_PART = 2
 _MOMENT = 0.002  # seconds
+_KEYS = 1024
 _BYTES_AHEAD = 1024 * 1024
 _PORTS = {"ws": 80, "wss": 443}
 ABNORMAL = 1006
@@ -48,9 +52,15 @@ class Socket(asyncio.Protocol):
         self._ws: ClientProtocol = websockets.client.ClientProtocol(
             websockets.uri.parse_uri(url), max_size=max_size
         )
+        self._mask = vars(websockets.frames)["apply_mask"]  # in C where that was built
+        self._keys = _random_keys()
+        self._output: list[bytes] = []  # goes before that of the library
+        self._cutter = Cutter(None, max_size, self._by_library)
+        self._arriving: list[bytes] = []
         self._data_frames = (websockets.Opcode.BINARY, websockets.Opcode.CONT)
         self._frame_class = websockets.Frame
         self._opcodes = websockets.Opcode
+        self._open = websockets.State.OPEN
         self._transport: asyncio.Transport | None = None
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[None] = self._loop.create_future()
@@ -105,14 +115,14 @@ class Socket(asyncio.Protocol):
     def send(self, frame: bytes) -> None:
         """Sends a frame at the end of this turn of the loop; after the end, it does nothing."""
         if self.end is None:
-            self._ws.send_binary(frame)
+            self._output.append(masked_frame(frame, next(self._keys), self._mask))
             self._flush_soon()
 
     def send_late(self, frame: bytes, most: int) -> None:
         """Sends a frame for which nobody waits: with the next other one, or when there are `most`
         of them, or after a moment. It saves the peer a wake-up for each."""
         if self.end is None:
-            self._ws.send_binary(frame)
+            self._output.append(masked_frame(frame, next(self._keys), self._mask))
             self._late += 1
             if self._late >= most:
                 self._flush_soon()
@@ -157,6 +167,22 @@ class Socket(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
         self._asked = False
+        wanted, arriving = self.end is None, self._arriving
+        self._cutter.cut(data, arriving)
+        if arriving and wanted:
+            self._frames.extend(arriving)
+            self._bytes += sum(map(len, arriving))
+        arriving.clear()
+        if self._frames and self._reader is not None and self.on_frames():
+            self._wake()
+        if self._flushing or not self._late or self.end is not None:
+            self._flush()
+        if not self._paused and self._is_full(1) and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _by_library(self, data: bytes) -> bool:
+        """What is no ordinary frame; whether the websocket is open after it."""
         self._ws.receive_data(data)
         for event in self._ws.events_received():
             if isinstance(event, self._frame_class):
@@ -168,13 +194,7 @@ class Socket(asyncio.Protocol):
             self._ended(f"the broadcaster does not take websockets here: {self._ws.handshake_exc}")
         if self._ws.parser_exc is not None:
             self._ended(f"the broadcaster breaks the rules of websockets: {self._ws.parser_exc}")
-        if self._frames and self._reader is not None and self.on_frames():
-            self._wake()
-        if self._flushing or not self._late or self.end is not None:
-            self._flush()
-        if not self._paused and self._is_full(1) and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        return self._ws.state is self._open
 
     def eof_received(self) -> None:
         self._ws.receive_eof()
@@ -219,8 +239,7 @@ class Socket(asyncio.Protocol):
                 return
             whole = bytes(self._begun)
             self._begun.clear()
-        self._frames.append(whole)
-        self._bytes += len(whole)
+        self._arriving.append(whole)
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -236,8 +255,9 @@ class Socket(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        output = self._ws.data_to_send()
-        if output:
+        self._output += self._ws.data_to_send()
+        if self._output:
+            output, self._output = self._output, []
             transport.write(b"".join(output))
             if output[-1] == b"":  # its way to say: nothing follows
                 transport.close()
@@ -270,6 +290,14 @@ class Socket(asyncio.Protocol):
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+def _random_keys() -> Iterator[bytes]:
+    """Keys that nobody can foresee, drawn many at a time."""
+    while True:
+        drawn = urandom(4 * _KEYS)
+        for at in range(0, len(drawn), 4):
+            yield drawn[at : at + 4]
 
 
 def _nothing() -> None:

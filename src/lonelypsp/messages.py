@@ -27,6 +27,7 @@ from typing import (
 
 from lonelypsp import headers as h
 from lonelypsp.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from lonelypsp.signing import OPERATIONS
 from lonelypsp.wire import ODD, Reader, Source, layout
 
 Buffer: TypeAlias = bytes | memoryview
@@ -55,6 +56,12 @@ class Message:
     BODY: ClassVar[str | None]
     _pack: ClassVar[Callable[[Any], bytes]]
     """As `encode_head` in minimal form, for the ordinary case (`lonelypsp.wire`)."""
+    _signed: ClassVar[Callable[[Any], dict[str, Any]]]
+
+    def signed(self) -> dict[str, Any]:
+        """A new mapping of the fields that are signed, as far as the message carries them. It never
+        carries a recovery url; over websockets there is none."""
+        return self._signed()
 
 
 M = TypeVar("M", bound=Message)
@@ -108,6 +115,15 @@ def _packer(cls: type[Message]) -> Callable[[Any], bytes]:
     return source.function("_message")
 
 
+def _signer(cls: type[Message]) -> Callable[[Any], dict[str, Any]]:
+    source = Source()
+    layout = dict.fromkeys(("tracing", *(name for name, _ in OPERATIONS[cls.OPERATION].layout)))
+    fields = [f"{name!r}: _message.{name}" for name in layout if name in cls.HEADERS]
+    fields += ["'recovery': None"] if "recovery" in layout else []
+    source.line(f"return {{{', '.join(fields)}}}")
+    return source.function("_message")
+
+
 def _unpacker(classes: list[type[Message]]) -> Callable[[bytes, Buffer], Message]:
     *starts, cls = classes
     source = Source()
@@ -156,6 +172,7 @@ def _registered(
         cls.HEADERS = {name: header for name, header in fields.items() if header is not h.BODY}
         cls.BODY = next((name for name, header in fields.items() if header is h.BODY), None)
         cls._pack = _packer(cls)
+        cls._signed = _signer(cls)
         classes.setdefault(kind, []).append(cls)
         unpackers[_prefix(kind)] = _unpacker(classes[kind])
         return cls
@@ -403,6 +420,30 @@ def encode_head(message: Message, *, minimal: bool) -> bytes:
     return _encode_head(message, minimal)
 
 
+class Unsigned:
+    """The head in minimal form of a message that goes to many, each with its own authorization.
+
+    Args:
+        message: one whose first header is the authorization, which it lacks.
+
+    Raises:
+        LocalProtocolError: as of `encode`.
+    """
+
+    __slots__ = ("_behind", "_start", "_unsigned")
+
+    def __init__(self, message: Message) -> None:
+        head = encode_head(message, minimal=True)
+        self._unsigned = head
+        self._start, self._behind = head[:4], head[6:]
+
+    def frame(self, authorization: str | None, body: Buffer) -> bytes:
+        if not authorization:
+            return b"".join((self._unsigned, body))
+        value = h.AUTHORIZATION.encode(authorization)
+        return b"".join((self._start, _u16(len(value)), value, self._behind, body))
+
+
 def _encode_head(message: Message, minimal: bool) -> bytes:
     _check(message, LocalProtocolError)
     parts = [_u16(MINIMAL if minimal else 0), _u16(message.TYPE)]
@@ -416,29 +457,29 @@ def _encode_head(message: Message, minimal: bool) -> bytes:
     return b"".join(parts)
 
 
-def decode_from_subscriber(data: Buffer) -> Message:
-    """The message in a frame that a subscriber sent. Its body is a view of `data`, not a copy.
+def _decoder(known: Classes, unpackers: Unpackers) -> Callable[[Buffer], Message]:
+    def decode(data: Buffer) -> Message:
+        start = data if type(data) is bytes else bytes(data[:_START])
+        unpack = unpackers.get(start[:4])
+        if unpack is not None:
+            try:
+                return unpack(start, data)
+            except ODD:
+                return _walk(data, known)
+        return _walk(data, known)
 
-    Raises:
-        RemoteProtocolError: the bytes are not such a message.
-    """
-    return _decode(data, FROM_SUBSCRIBER, _UNPACK_FROM_SUBSCRIBER)
+    return decode
 
 
-def decode_from_broadcaster(data: Buffer) -> Message:
-    """As `decode_from_subscriber`, for a frame that a broadcaster sent."""
-    return _decode(data, FROM_BROADCASTER, _UNPACK_FROM_BROADCASTER)
+decode_from_subscriber = _decoder(FROM_SUBSCRIBER, _UNPACK_FROM_SUBSCRIBER)
+"""The message in a frame that a subscriber sent. Its body is a view of the frame, not a copy.
 
+Raises:
+    RemoteProtocolError: the bytes are not such a message.
+"""
 
-def _decode(data: Buffer, known: Classes, unpackers: Unpackers) -> Message:
-    start = data if type(data) is bytes else bytes(data[:_START])
-    unpack = unpackers.get(start[:4])
-    if unpack is not None:
-        try:
-            return unpack(start, data)
-        except ODD:
-            return _walk(data, known)
-    return _walk(data, known)
+decode_from_broadcaster = _decoder(FROM_BROADCASTER, _UNPACK_FROM_BROADCASTER)
+"""As `decode_from_subscriber`, for a frame that a broadcaster sent."""
 
 
 def _walk(data: Buffer, known: Classes) -> Message:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
 from io import BytesIO
@@ -38,7 +38,7 @@ from lonelypsp.errors import AuthResult, LocalProtocolError, RemoteProtocolError
 from lonelypsp.headers import NONCE_LENGTH
 from lonelypsp.messages import Buffer, Message
 from lonelypsp.parts import SMALLEST_PART, Reassembly, Sink, part_length
-from lonelypsp.signing import OPERATIONS, AuthConfig, Authenticator
+from lonelypsp.signing import AuthConfig, Authenticator
 
 
 class Phase(Enum):
@@ -85,12 +85,18 @@ class Rule:
     more: type[Message] | None = None
 
     @cached_property
-    def counted(self) -> bool:
-        """Whether it uses up a value of its sender's counter."""
-        return self.url in (Url.OWN, Url.OWN_AS_RECOVERY)
+    def place(self) -> str | None:
+        """The field that is signed with a url of its sender, which uses up a value of the counter;
+        None: none is."""
+        return {Url.OWN: "url", Url.OWN_AS_RECOVERY: "recovery"}.get(self.url)
+
+    @cached_property
+    def usual(self) -> bool:
+        """Whether it may come at any time while the connection is open and no body is begun."""
+        return self.phase is Phase.OPEN and self.inside is not Inside.ONLY
 
 
-_NEW, _CONFIGURED, _OPEN = Phase.NEW, Phase.CONFIGURED, Phase.OPEN
+_NEW, _CONFIGURED, _OPEN, _CLOSED = Phase
 _YES, _ACCEPTED, _NO, _ONLY = Inside.YES, Inside.ACCEPTED, Inside.NO, Inside.ONLY
 _NOTIFIED = (m.ConfirmNotify, m.ContinueNotify)
 _RECEIVED = (m.ConfirmReceive, m.ContinueReceive)
@@ -123,6 +129,7 @@ RULES: Mapping[type[Message], Rule] = {
     m.Missed: Rule(_OPEN, Url.OWN_AS_RECOVERY, _ACCEPTED),
 }
 
+_USUAL = frozenset(cls for cls, rule in RULES.items() if rule.usual)
 _SUBSCRIBES = (m.SubscribeExact, m.SubscribeGlob)
 _TO_SUBSCRIBER = [
     *(m.ConfirmSubscribeExact, m.ConfirmSubscribeGlob, m.ConfirmUnsubscribeExact),
@@ -135,36 +142,6 @@ _ONLY_ITSELF = (_NOTHING,)
 HEAD_ALLOWANCE = 1024
 """More than the headers of a frame have, but for topic, identifier and tracing, with our
 authenticators."""
-
-
-def _url_fields(kind: Url, url: str) -> dict[str, Any]:
-    if kind is Url.OWN_AS_RECOVERY:
-        return {"recovery": url}
-    return {"url": url, "recovery": None}
-
-
-class _Signed(Mapping[str, Any]):
-    """What is signed for a message: its own fields, and those that it does not carry."""
-
-    __slots__ = ("_message", "_more")
-
-    def __init__(self, message: Message, more: Mapping[str, Any]) -> None:
-        self._message, self._more = message, more
-
-    def __getitem__(self, name: str) -> Any:
-        more = self._more
-        try:
-            return more[name] if name in more else getattr(self._message, name)
-        except AttributeError:
-            raise KeyError(name) from None
-
-    def __iter__(self) -> Iterator[str]:
-        yield "tracing"
-        for name, _ in OPERATIONS[self._message.OPERATION].layout:
-            yield name
-
-    def __len__(self) -> int:
-        return 1 + len(OPERATIONS[self._message.OPERATION].layout)
 
 
 COUNTS_PARTS = b"counts-parts"
@@ -245,6 +222,7 @@ class Payload:
     decompressed_length: int | None = None
     decompressed_sha512: bytes | None = None
     tracing: bytes = b""
+    head: _Head | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -268,6 +246,19 @@ class PartFrame:
     offset: int
     length: int
     last: bool
+
+
+class _Head:
+    """What stands before a body in one frame, as far as it is the same for all who get it."""
+
+    __slots__ = ("cls", "exchange", "fields", "unsigned")
+
+    def __init__(self, cls: type[m.Notify | m.StreamStart], payload: Payload, body: Buffer) -> None:
+        message = cls(**payload.fields, body=body)
+        self.cls = cls
+        self.unsigned = m.Unsigned(message)
+        self.fields = message.signed()
+        self.exchange = _body_exchange(message, payload, last=True)
 
 
 Head: TypeAlias = m.Notify | m.StreamStart
@@ -463,6 +454,7 @@ class Session:
         self._presets = options.get("presets", {})
         self._own_nonce = options.get("nonce") or urandom(NONCE_LENGTH)
         self.limits = options.get("limits", Limits())
+        self._window = self.limits.unanswered
         self._nonce = ""
         self._unanswered: deque[Exchange] = deque()
         self._asked = 0  # frames ever sent that need an answer
@@ -481,7 +473,7 @@ class Session:
     @property
     def room(self) -> int:
         """How many more frames that need an answer may be sent now."""
-        return self.limits.unanswered - len(self._unanswered)
+        return self._window - len(self._unanswered)
 
     @property
     def owed(self) -> int:
@@ -500,7 +492,10 @@ class Session:
 
     def compressor_for(self, length: int) -> Compressor | None:
         """The newest one that fits a body of `length` bytes."""
-        return next((c for c in reversed(self.compressors.values()) if c.fits(length)), None)
+        for compressor in reversed(self.compressors.values()):
+            if compressor.fits(length):
+                return compressor
+        return None
 
     def close(self) -> None:
         """What comes from now on is ignored, and answers are dropped."""
@@ -516,12 +511,14 @@ class Session:
 
         Whatever it raises, the session is closed.
         """
-        if self.phase is Phase.CLOSED:
+        if self.phase is _CLOSED:
             return Ignored()
         try:
             message = self._decode(frame)
-            self._in_place(message)
-            return self._handlers[type(message)](message, now)
+            cls = type(message)
+            if self.phase is not _OPEN or self._receiving is not None or cls not in _USUAL:
+                self._in_place(message)
+            return self._handlers[cls](message, now)
         except RemoteProtocolError as e:
             self.close()
             raise ConnectionBroken(str(e), status=e.status) from e
@@ -559,18 +556,17 @@ class Session:
         Args:
             covers: what is signed besides the fields of the message; any of them may be right.
         """
-        rule = RULES[type(message)]
+        rule, fields = RULES[type(message)], message.signed()
         result, url = AuthResult.FORBIDDEN, ""
-        for counter in self._peer_counters if rule.counted else _NO_COUNTER:
+        place = rule.place
+        for counter in self._peer_counters if place else _NO_COUNTER:
+            if place:
+                fields[place] = url = connection_url(self._nonce, counter)
             for more in covers:
-                if rule.counted:
-                    url = connection_url(self._nonce, counter)
-                    more = {**_url_fields(rule.url, url), **more}
-                result = self._judge.check(
-                    message.OPERATION, _Signed(message, more), message.authorization, now
-                )
+                fields |= more
+                result = self._judge.check(message.OPERATION, fields, message.authorization, now)
                 if result is AuthResult.OK:
-                    if rule.counted:
+                    if place:
                         self._peer_counters = (next_counter(counter),)
                     return url
                 if result is AuthResult.UNAVAILABLE:
@@ -699,8 +695,7 @@ class Session:
         Raises:
             LocalProtocolError: it cannot be sent, and nothing of it was; or it is not its turn.
         """
-        if misplaced := self._misplaced(self._START, receiving=False):
-            raise LocalProtocolError(misplaced)
+        self._out_of_place(self._START)
         if self._sending is not None:
             raise LocalProtocolError("the body before is not sent yet: call next_part")
         self._check_payload(payload)
@@ -790,7 +785,7 @@ class Session:
         """The frame of a message that needs no answer, now as good as sent."""
         message = self._made(cls, now, fields, covers)
         frame = m.encode(message, minimal=self._minimal)
-        if RULES[cls].counted:
+        if RULES[cls].place:
             self._counter = next_counter(self._counter)
         return frame
 
@@ -798,23 +793,27 @@ class Session:
         self, cls: type[Any], now: float, fields: Mapping[str, Any], covers: Mapping[str, Any]
     ) -> Message:
         """A message, signed."""
-        if misplaced := self._misplaced(cls, receiving=False):
-            raise LocalProtocolError(misplaced)
+        self._out_of_place(cls)
         made: Message = cls(**fields)
-        rule = RULES[cls]
-        if rule.counted:
-            url = connection_url(self._nonce, self._counter)
-            covers = {**_url_fields(rule.url, url), **covers}
-        authorization = self._sign.authorize(cls.OPERATION, _Signed(made, covers), now)
+        rule, signed = RULES[cls], made.signed()
+        if rule.place:
+            signed[rule.place] = connection_url(self._nonce, self._counter)
+        signed |= covers
+        authorization = self._sign.authorize(cls.OPERATION, signed, now)
         if authorization is not None:
             object.__setattr__(made, "authorization", authorization)
         return made
+
+    def _out_of_place(self, cls: type[Message]) -> None:
+        """Raises LocalProtocolError where a message cannot be sent now."""
+        if misplaced := self._misplaced(cls, receiving=False):
+            raise LocalProtocolError(misplaced)
 
     def _sent(self, exchange: Exchange, rule: Rule) -> None:
         """Takes note of a frame that is to be answered."""
         self._unanswered.append(exchange)
         self._asked += 1
-        if rule.counted:
+        if rule.place:
             self._counter = next_counter(self._counter)
 
     def _whole(
@@ -825,21 +824,23 @@ class Session:
             raise LocalProtocolError(f"{len(body):,} bytes of a body of {payload.length:,}")
         if payload.compressor != UNCOMPRESSED:
             self._check_payload(payload)
-        self._reserve()
-        whole = payload.decompressed_length
-        fields = {
-            "tracing": payload.tracing,
-            "topic": payload.topic,
-            "identifier": payload.identifier,
-            "compressor": payload.compressor,
-            "compressed_length": payload.length,
-            "decompressed_length": payload.length if whole is None else whole,
-            "sha512": payload.sha512,
-            "body": body,
-        }
-        message = self._made(cls, now, fields, _NOTHING)
-        frame = m.encode(message, minimal=self._minimal)
-        self._sent(_body_exchange(message, payload, last=True), RULES[cls])
+        if self.room <= 0:
+            self._reserve()
+        if self.phase is not _OPEN or self._sending is not None:
+            self._out_of_place(cls)
+        head = payload.head
+        if head is None or head.cls is not cls:
+            head = payload.head = _Head(cls, payload, body)
+        rule = RULES[cls]
+        if rule.place:
+            head.fields["url"] = connection_url(self._nonce, self._counter)
+        authorization = self._sign.authorize(cls.OPERATION, head.fields, now)
+        if self._minimal:
+            frame = head.unsigned.frame(authorization, body)
+        else:
+            message = cls(**payload.fields, authorization=authorization, body=body)
+            frame = m.encode(message, minimal=False)
+        self._sent(head.exchange, rule)
         return frame
 
     def _contradiction(self, message: Any) -> str | None:
@@ -953,8 +954,9 @@ class SubscriberSession(Session):
 
     def _verify_part(self, message: m.StreamPart, now: float, covers: Mapping[str, Any]) -> None:
         after_start, next_part = self._peer_counters[0], self._peer_counters[-1]
-        more = {**_url_fields(Url.OWN, connection_url(self._nonce, next_part)), **covers}
-        self._judge.check(message.OPERATION, _Signed(message, more), message.authorization, now)
+        url = connection_url(self._nonce, next_part)
+        fields = {**message.signed(), "url": url, **covers}
+        self._judge.check(message.OPERATION, fields, message.authorization, now)
         self._peer_counters = (after_start, next_counter(next_part))
 
     def _on_enable(self, message: m.EnableZstdPreset | m.EnableZstdCustom, now: float) -> Event:
@@ -1177,7 +1179,7 @@ def _request_exchange(message: Any, url: str) -> Exchange:
     answer = RULES[type(message)].answer
     assert answer is not None  # the table says so
     key = "glob" if "glob" in message.HEADERS else "topic"
-    return Exchange(answer, {key: getattr(message, key)}, (_url_fields(Url.REQUEST, url),))
+    return Exchange(answer, {key: getattr(message, key)}, ({"url": url},))
 
 
 def _body_exchange(message: Any, head: Head | Payload, *, last: bool) -> Exchange:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -20,10 +20,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+import websockets.frames
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
+from lonelypsp.frames import Cutter, Mask, framed
 from lonelypsp.onewrite import OneWrite
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
@@ -40,6 +43,7 @@ _STARTUP_FAILURE = 3
 _RESTART_PAUSE = 1.0
 _LINGER = 10.0
 _BURST_BYTES = 256 * 1024  # received and not yet looked at; above it nothing is read
+_apply_mask: Mask = vars(websockets.frames)["apply_mask"]  # in C where that was built
 _BURST_CAME: Any = {"type": "websocket.receive"}
 
 
@@ -136,12 +140,14 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, with a shortcut for frames, see `lonelypss.websocket.Burst`. What was closed is
-    gone soon, even if the peer takes nothing any more."""
+    """uvicorn's, with a shortcut for frames: those of the ordinary case are made and taken without
+    its library, and handed over as `lonelypss.websocket.Burst`. What was closed is gone soon, even
+    if the peer takes nothing any more."""
 
     def connection_made(self, transport: Any) -> None:
+        self._cutter = Cutter(_apply_mask, self.config.ws_max_size, self._by_library)
         self._burst: list[bytes] = []
-        self._burst_bytes = 0
+        self._burst_bytes = 0  # of those that wait for `receive_burst`
         self._reading = False  # somebody is in receive_burst, and needs to be woken
         self._after: Any = None  # the event behind the burst
         self.on_burst: Callable[[list[bytes]], list[bytes] | None] = _leave_all
@@ -154,29 +160,36 @@ class _WebSocket(WebSocketsSansIOProtocol):
             extensions[BURST] = self
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._burst and self._reading:
-            left = self.on_burst(self._burst)
+        burst = self._burst
+        self._cutter.cut(data, burst)
+        if not burst:
+            return
+        if self.close_sent:
+            burst.clear()
+            return
+        if self._reading:
+            self._burst = []
+            left = self.on_burst(burst)
             if left is None:
-                self._burst, self._burst_bytes = [], 0
-            else:
-                self._burst, self._burst_bytes = left, sum(map(len, left))
-                self._reading = False
-                self.queue.put_nowait(_BURST_CAME)
+                return
+            self._burst = burst = left
+            self._reading = False
+            self.queue.put_nowait(_BURST_CAME)
+        self._burst_bytes = sum(map(len, burst))
         if self._burst_bytes > _BURST_BYTES and not self.read_paused:
             self.read_paused = True
             self.transport.pause_reading()
+
+    def _by_library(self, data: bytes) -> bool:
+        super().data_received(data)
+        return self.conn.state is State.OPEN
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type != "bytes":
             super().send_receive_event_to_app()
             return
         frames, self.frames = self.frames, []
-        if self.close_sent:
-            return
-        frame = frames[0] if len(frames) == 1 else b"".join(frames)
-        self._burst.append(frame)
-        self._burst_bytes += len(frame)
+        self._burst.append(frames[0] if len(frames) == 1 else b"".join(frames))
 
     async def receive_burst(self) -> list[bytes]:
         if not self._burst:
@@ -193,22 +206,21 @@ class _WebSocket(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
         return burst
 
-    def send_now(self, frames: Iterable[bytes]) -> bool:
-        if not self.writable.is_set() or self.disconnected or self.close_sent:
+    def send_now(self, messages: list[bytes]) -> bool:
+        if not self.writable.is_set() or self._closing:
             return False
-        self._send_frames(frames)
+        self.transport.write(framed(messages))
         return True
 
-    async def send_burst(self, frames: Iterable[bytes]) -> None:
+    async def send_burst(self, messages: list[bytes]) -> None:
         await self.writable.wait()
-        if self.disconnected or self.close_sent:
+        if self._closing:
             raise ClientDisconnected
-        self._send_frames(frames)
+        self.transport.write(framed(messages))
 
-    def _send_frames(self, frames: Iterable[bytes]) -> None:
-        for frame in frames:
-            self.conn.send_binary(frame)
-        self.transport.write(b"".join(self.conn.data_to_send()))
+    @property
+    def _closing(self) -> bool:
+        return self.close_sent or self.disconnected or self.transport.is_closing()
 
     async def run_asgi(self) -> None:
         try:

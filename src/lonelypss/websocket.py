@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias
 
 from lonelypsp import messages as m
@@ -41,6 +41,8 @@ from lonelypss.store.base import Subscription
 from lonelypss.tracing import NO_TRACING, MessageStep, Tracing
 
 log = logging.getLogger(__name__)
+
+_OPEN, _CLOSED = s.Phase.OPEN, s.Phase.CLOSED
 
 Work: TypeAlias = Coroutine[Any, Any, None]
 
@@ -97,11 +99,11 @@ class Burst(Protocol):
         """What has arrived. Raises Closing: nothing will."""
         ...
 
-    def send_now(self, frames: Iterable[bytes]) -> bool:
+    def send_now(self, messages: list[bytes]) -> bool:
         """Sends them if that needs no waiting; whether it did."""
         ...
 
-    async def send_burst(self, frames: Iterable[bytes]) -> None:
+    async def send_burst(self, messages: list[bytes]) -> None:
         """Sends them, waiting while the peer takes nothing. Raises OSError: the peer is gone."""
         ...
 
@@ -114,7 +116,7 @@ class _Asgi:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
 
-    def send_now(self, frames: Iterable[bytes]) -> bool:
+    def send_now(self, messages: list[bytes]) -> bool:
         return False
 
     async def receive_burst(self) -> list[bytes]:
@@ -123,9 +125,9 @@ class _Asgi:
             raise as_closing(event)
         return [event["bytes"]]
 
-    async def send_burst(self, frames: Iterable[bytes]) -> None:
-        for frame in frames:
-            await self._send({"type": "websocket.send", "bytes": frame})
+    async def send_burst(self, messages: list[bytes]) -> None:
+        for message in messages:
+            await self._send({"type": "websocket.send", "bytes": message})
 
 
 class Incoming:
@@ -204,10 +206,11 @@ class Websockets:
         if body.data is not None:
             self.dictionaries.collect(body.data)
         outgoing = Outgoing(topic, body, self.intake, step.copies(len(connections)))
+        now = time.time()
         self.metrics.queued(len(connections))
         for connection in connections:
             try:
-                connection.queue(outgoing.share())
+                connection.queue(outgoing, now)
             except Exception as e:  # noqa: BLE001 logged as what it is
                 connection.failed(e)
         outgoing.release()
@@ -463,19 +466,21 @@ class Connection:
 
     def arrived(self, burst: list[bytes]) -> list[bytes] | None:
         """See `Burst.on_burst`. Deals with frames until one has to wait for something."""
-        session, came, now = self.session, time.monotonic(), time.time()
-        number = 0
+        receive, came, now = self.session.receive, time.monotonic(), time.time()
+        done = 0
         try:
-            for number, frame in enumerate(burst[:_BURST], 1):  # noqa: B007 is used below
-                self._work = self._handle(session.receive(frame, now), came)
-                if self._work is not None:
+            for frame in burst:
+                if done == _BURST:
+                    break
+                done += 1
+                if (work := self._handle(receive(frame, now), came)) is not None:
+                    self._work = work
                     break
         except Exception as e:  # noqa: BLE001 logged as what it is
             self.failed(e)
             return None
         self.hub.flush()
-        left = burst[number:]
-        return left if left or self._work is not None else None
+        return burst[done:] if done < len(burst) or self._work is not None else None
 
     def _handle(self, event: s.Event, came: float) -> Work | None:
         """Acts on an event; what is returned has to be waited for before the next.
@@ -684,22 +689,19 @@ class Connection:
 
     # sending
 
-    def queue(self, outgoing: Outgoing) -> None:
-        """Takes over a reference to a message."""
+    def queue(self, outgoing: Outgoing, now: float) -> None:
+        """Makes a copy of a message, or has it wait."""
         session = self.session
         if not self._waiting and self._ready_bytes < _READY_BYTES and not self._streaming:
-            if session.phase is s.Phase.CLOSED:
-                outgoing.release()
+            if session.phase is _CLOSED:
                 return
-            if session.room > 0 and (frame := outgoing.frame(session, time.time())) is not None:
+            if session.room > 0 and (frame := outgoing.frame(session, now)) is not None:
                 self._push(frame)
-                outgoing.release()
                 return
         config, held = self.config, self._waiting_bytes
         if len(self._waiting) >= config.websocket_max_pending_sends or (
             held and held + outgoing.length > config.websocket_max_pending_bytes
         ):
-            outgoing.release()
             self.fail(
                 Closing(
                     TOO_SLOW,
@@ -708,7 +710,7 @@ class Connection:
                 )
             )
             return
-        self._wait(outgoing)
+        self._wait(outgoing.share())
 
     def queue_notice(self, topic: bytes) -> None:
         """Says once that something on `topic` may have been missed, however often this is called
@@ -746,7 +748,7 @@ class Connection:
         """As many of those that wait as the window and the socket have room for."""
         session, waiting = self.session, self._waiting
         while waiting and self._ready_bytes < _READY_BYTES and not self._streaming:
-            if session.room <= 0 or session.phase is not s.Phase.OPEN:
+            if session.room <= 0 or session.phase is not _OPEN:
                 return
             frame = waiting[0].frame(session, time.time())
             if frame is None:
