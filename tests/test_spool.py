@@ -5,7 +5,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -136,6 +136,32 @@ class TestRefused:
             spool.write(b"1234")
             with pytest.raises(RemoteProtocolError, match="SHA-512"):
                 spool.finish(digest)
+
+
+@given(
+    data=st.binary(max_size=300),
+    declared=st.integers(-3, 3),
+    digest=st.sampled_from([None, sha512(b"other"), bytes(64), b""]),
+)
+@settings(deadline=None, max_examples=150)
+def test_what_comes_in_one_piece_is_judged_alike(
+    data: bytes, declared: int, digest: bytes | None
+) -> None:
+    length, digest = max(0, len(data) + declared), digest or sha512(data)
+
+    def outcome(receive: Callable[[], Body]) -> object:
+        try:
+            body = receive()
+        except RemoteProtocolError as e:
+            return str(e), e.status
+        return body.data, body.length, body.sha512, body.on_disk
+
+    def in_chunks() -> Body:
+        with Spool(length) as spool:
+            spool.write(data)
+            return spool.finish(digest)
+
+    assert outcome(lambda: Body.received(data, length, digest)) == outcome(in_chunks)
 
 
 # reading

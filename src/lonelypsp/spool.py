@@ -58,6 +58,25 @@ class Body:
         """A body in memory."""
         return cls(data, None, len(data), hashlib.sha512(data).digest())
 
+    @classmethod
+    def received(cls, data: bytes, length: int, sha512: bytes) -> Body:
+        """A body in memory that arrived in one piece; the shorter way of `Spool`, and as strict.
+
+        Args:
+            length: bytes, as declared.
+            sha512: as declared.
+
+        Raises:
+            RemoteProtocolError: its length or its hash differs.
+        """
+        if len(data) > length:
+            raise _too_long(length)
+        if len(data) < length:
+            raise _too_short(len(data), length)
+        if hashlib.sha512(data).digest() != sha512:
+            raise _other_hash()
+        return cls(data, None, length, sha512)
+
     @property
     def on_disk(self) -> bool:
         return self._file is not None
@@ -180,9 +199,7 @@ class Spool:
             raise ValueError("the spool is closed")
         self.written += len(chunk)
         if self.written > self.length:
-            raise RemoteProtocolError(
-                f"the message is longer than the {self.length:,} bytes its head declares"
-            )
+            raise _too_long(self.length)
         self._hash.update(chunk)
         if self._file is None:
             self._memory.write(chunk)
@@ -198,11 +215,9 @@ class Spool:
             RemoteProtocolError: it is too short, or its hash differs.
         """
         if self.written != self.length:
-            raise RemoteProtocolError(
-                f"the message ends after {self.written:,} of {self.length:,} bytes"
-            )
+            raise _too_short(self.written, self.length)
         if self._hash.digest() != sha512:
-            raise RemoteProtocolError("the message does not have the SHA-512 that came with it")
+            raise _other_hash()
         return self.seal()
 
     def seal(self) -> Body:
@@ -227,3 +242,15 @@ class Spool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _too_long(length: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"the message is longer than the {length:,} bytes its head declares")
+
+
+def _too_short(present: int, length: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"the message ends after {present:,} of {length:,} bytes")
+
+
+def _other_hash() -> RemoteProtocolError:
+    return RemoteProtocolError("the message does not have the SHA-512 that came with it")

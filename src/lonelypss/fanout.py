@@ -233,7 +233,9 @@ class Round:
         self.failed: list[str] = []
         self.unsubscribed: list[str] = []
         self.journaled: list[tuple[Subscription, bytes]] = []
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.loop = asyncio.get_running_loop()
+        self.news: asyncio.Future[None] = self.loop.create_future()
+        """Done when nothing is open any more, or when it is time to look."""
         digest = base64.b64encode(body.sha512).decode("ascii")
         self.digest_header = f"Repr-Digest: sha-512={digest}\r\n".encode()
 
@@ -257,10 +259,19 @@ class Round:
     async def finished(self) -> None:
         """Waits for all answers; on the way writes down what is open after `journal_after`."""
         if self.config.journal_after > 0:
-            await asyncio.wait((self.done,), timeout=self.config.journal_after)
-            if not self.done.done():
+            timer = self.loop.call_later(self.config.journal_after, self._tell)
+            try:
+                await self.news
+            finally:
+                timer.cancel()
+            if self.open:
+                self.news = self.loop.create_future()
                 await self.journal()
-        await self.done
+        await self.news
+
+    def _tell(self) -> None:
+        if not self.news.done():
+            self.news.set_result(None)
 
     def confirm(self, url: str, count: int) -> None:
         self.count += count
@@ -288,8 +299,8 @@ class Round:
         self.report.settled(url, self.urls[url], outcome, reason, seconds)
         self.step.settled(url, outcome, reason)
         self.open.discard(url)
-        if not self.open and not self.done.done():
-            self.done.set_result(None)
+        if not self.open:
+            self._tell()
 
     async def journal(self) -> None:
         """Writes down what is still open, so that it outlives this process."""

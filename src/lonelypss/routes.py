@@ -34,6 +34,7 @@ from lonelypsp.bodies import (
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
 from lonelypsp.explain import REQUEST_HEADER
+from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
 from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
@@ -234,11 +235,9 @@ class Routes:
             self._check(scope, head.tracing, signed)
             with (
                 self.tracing.notify("http", head.topic, head.length, head.tracing) as step,
-                self.intake.spool(head.length) as spool,
+                closing(await self._message(head, rest, more, receive)) as body,
             ):
-                await fill(spool, rest, more, partial(_chunk, receive))
-                with closing(spool.finish(head.sha512)) as body:
-                    count = await self.fanout.notify(head.topic, body, report, step)
+                count = await self.fanout.notify(head.topic, body, report, step)
                 step.answered(count)
         finally:
             self.notifies -= 1
@@ -246,6 +245,13 @@ class Routes:
         tracing = report.pack() or smallest_trace(received_ns, time.time_ns())
         authorization = self._authorize(scope, tracing, {**signed, "subscribers": count})
         return encode(ResponseNotify(authorization, tracing, count, head.identifier))
+
+    async def _message(self, head: NotifyHead, rest: bytes, more: bool, receive: Receive) -> Body:
+        if not more and head.length <= self.config.message_body_spool_size:
+            return Body.received(rest, head.length, head.sha512)
+        with self.intake.spool(head.length) as spool:
+            await fill(spool, rest, more, partial(_chunk, receive))
+            return spool.finish(head.sha512)
 
     def _report(self, scope: Scope) -> Report:
         if self.config.explain and any(name == _EXPLAIN for name, _ in scope["headers"]):
