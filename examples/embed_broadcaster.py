@@ -13,7 +13,7 @@ from lonelypss.secrets import load_auth
 broadcaster = Broadcaster(
     BroadcasterConfig(
         db="sqlite:///lonelypss.db",
-        auth=load_auth("broadcaster-secrets.json", replay="lonelypss.db.replay"),
+        auth=load_auth("broadcaster-secrets.json", db="sqlite:///lonelypss.db"),
     )
 )
 

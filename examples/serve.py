@@ -8,7 +8,7 @@ from lonelypss.secrets import load_auth
 
 config = BroadcasterConfig(
     db="sqlite:///lonelypss.db",
-    auth=load_auth("broadcaster-secrets.json", replay="lonelypss.db.replay"),
+    auth=load_auth("broadcaster-secrets.json", db="sqlite:///lonelypss.db"),
     missed_max_retries=20,
 )
 app = create_app(config)

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from lonelypsp.errors import AuthResult
-from lonelypsp.replay import ReplayGuard, SqliteReplayGuard, Verdict
+from lonelypsp.replay import (
+    NOT_SHARED,
+    Code,
+    ReplayGuard,
+    SharedReplayGuard,
+    SqliteReplayGuard,
+    Verdict,
+)
 from lonelypsp.signing import TOKEN_LIFETIME, Hmac
 
 KEY = bytes(range(64))
@@ -318,3 +325,31 @@ def test_a_damaged_table_is_unknown(
     with contextlib.closing(sqlite3.connect(tmp_path / "replay.db")) as other:
         other.execute("DROP TABLE used")
     assert guard.mark(code(0), START, START + T, START) is UNKNOWN
+
+
+# a memory that others share
+
+
+def test_what_is_new_here_is_handed_over_once() -> None:
+    guard = SharedReplayGuard()
+    assert guard.take() == ()
+    assert guard.mark(code(1), START, START + T, START) is NEW
+    assert guard.take() == (Code(START, code(1)[:16]),)
+    assert guard.take() == ()
+    assert guard.mark(code(1), START, START + T, START) is USED
+    assert guard.take() == ()
+
+
+def test_what_nobody_could_be_asked_about_may_come_again() -> None:
+    guard = SharedReplayGuard()
+    guard.mark(code(1), START, START + T, START)
+    guard.mark(code(2), START, START + T, START)
+    guard.forget([Code(START, code(1)[:16])])
+    assert guard.mark(code(2), START, START + T, START) is USED
+    assert guard.mark(code(1), START, START + T, START) is NEW
+    assert guard.mark(code(1), START, START + T, START + T) is USED
+
+
+def test_where_nothing_is_shared_there_is_nothing_to_ask() -> None:
+    assert NOT_SHARED.take() == ()
+    NOT_SHARED.forget([])

@@ -3,7 +3,8 @@
 A signature stamped `t` passes the clock check until `t + token_lifetime`, and is remembered at
 least that long. What was accepted before a restart is a hole that each guard closes in its own
 way: `ReplayGuard` refuses whatever is stamped earlier than its own start, `SqliteReplayGuard`
-keeps its memory in a file, which several processes may share.
+keeps its memory in a file, which several processes may share, and `SharedReplayGuard` leaves the
+verdict to a database that several machines share.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import math
 import sqlite3
 import weakref
 from collections import deque
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,44 @@ class Remembers(Protocol):
             now: seconds since the epoch.
         """
         ...
+
+
+class Code(NamedTuple):
+    """What a shared memory keeps of a signature.
+
+    Attributes:
+        stamp: when its signer says it was made, whole seconds since the epoch.
+        code: its first bytes.
+    """
+
+    stamp: int
+    code: bytes
+
+
+class Shared(Protocol):
+    """Which signatures the last check accepted as far as this process knows, to be asked about
+    where everybody asks before anything is done about them."""
+
+    def take(self) -> Sequence[Code]:
+        """The code that was marked since the last call, if any: call it right after the check."""
+        ...
+
+    def forget(self, codes: Iterable[Code]) -> None:
+        """Nobody could be asked, so nothing was done about them: the same value may come again."""
+        ...
+
+
+class _NotShared:
+    """Whoever accepts a signature has asked everybody; see `Shared`."""
+
+    def take(self) -> Sequence[Code]:
+        return ()
+
+    def forget(self, codes: Iterable[Code]) -> None:
+        pass
+
+
+NOT_SHARED = _NotShared()
 
 
 class ReplayGuard:
@@ -85,6 +125,34 @@ class ReplayGuard:
 
     def __len__(self) -> int:
         return len(self._codes)
+
+
+class SharedReplayGuard(ReplayGuard):
+    """What this process knows, for a `Shared` memory: NEW only means that it is worth asking.
+
+    It is not safe by itself: whoever checks must `take` the code, and do nothing before the shared
+    memory has confirmed it as new.
+
+    Args:
+        max_codes: as for `ReplayGuard`, and so what one process adds to the shared memory at most.
+    """
+
+    def __init__(self, *, max_codes: int = DEFAULT_MAX_CODES) -> None:
+        super().__init__(max_codes=max_codes)
+        self._last: Sequence[Code] = ()
+
+    def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
+        verdict = super().mark(code, timestamp, expires, now)
+        if verdict is Verdict.NEW:
+            self._last = (Code(int(timestamp), code[:_KEPT_BYTES]),)
+        return verdict
+
+    def take(self) -> Sequence[Code]:
+        codes, self._last = self._last, ()
+        return codes
+
+    def forget(self, codes: Iterable[Code]) -> None:
+        self._codes.difference_update(code for _, code in codes)
 
 
 class SqliteReplayGuard:

@@ -37,12 +37,13 @@ def dump(to_broadcaster: dict[str, str] | None, to_subscriber: dict[str, str] | 
     return json.dumps(document, indent=2) + "\n"
 
 
-def load(text: str, replay: Remembers) -> AuthConfig:
+def load(text: str, replay: Remembers, to_subscriber: Remembers | None = None) -> AuthConfig:
     """The authenticators that a secrets file describes.
 
     Args:
         text: the content of the file.
         replay: shared by both directions; their keys and operations keep codes apart.
+        to_subscriber: for that direction, if it shall have another one.
 
     Raises:
         LocalProtocolError: the file is not such a document. The message never holds a secret.
@@ -57,7 +58,9 @@ def load(text: str, replay: Remembers) -> AuthConfig:
         raise LocalProtocolError(f'"version" must be "{VERSION}"')
     return AuthConfig(
         to_broadcaster=_authenticator(document, Direction.TO_BROADCASTER.value, replay),
-        to_subscriber=_authenticator(document, Direction.TO_SUBSCRIBER.value, replay),
+        to_subscriber=_authenticator(
+            document, Direction.TO_SUBSCRIBER.value, to_subscriber or replay
+        ),
     )
 
 

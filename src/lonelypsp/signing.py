@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from lonelypsp.errors import AuthResult, LocalProtocolError
-from lonelypsp.replay import Remembers, ReplayGuard, Verdict
+from lonelypsp.replay import NOT_SHARED, Remembers, ReplayGuard, Shared, Verdict
 from lonelypsp.wire import (
     BYTES8,
     BYTES16,
@@ -400,7 +400,9 @@ class AuthConfig:
     Attributes:
         to_broadcaster: for what subscribers send: requests, and the answers of their endpoints.
         to_subscriber: for what broadcasters send: messages, notices, and their answers.
+        shared: what a broadcaster must ask its database about whatever `to_broadcaster` accepts.
     """
 
     to_broadcaster: Authenticator
     to_subscriber: Authenticator
+    shared: Shared = NOT_SHARED

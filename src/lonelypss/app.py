@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from lonelypsp.replay import NOT_SHARED
 from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
-from lonelypss.config import BroadcasterConfig
+from lonelypss.config import BroadcasterConfig, ConfigError, Database
 from lonelypss.fanout import Fanout
 from lonelypss.health import Health
 from lonelypss.intake import Intake
@@ -57,6 +58,11 @@ class Broadcaster:
         tracing: Tracing | None = None,
     ) -> None:
         self.config = config
+        if config.auth.shared is not NOT_SHARED and not Database.at(config.db).is_remote:
+            raise ConfigError(
+                f"db: the authorization was loaded for PostgreSQL, but the database is {config.db}:"
+                " give load_auth the same db"
+            )
         self.store = make_store(config) if store is None else store
         self.sender = Sender(config)
         self.metrics = PrometheusMetrics() if config.metrics else NO_METRICS

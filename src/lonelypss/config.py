@@ -491,6 +491,11 @@ class Database:
     path: str | None
     is_shared: bool
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether other machines can use it."""
+        return self.is_shared and self.path is None
+
     @classmethod
     def at(cls, url: str) -> Database:
         """Raises ConfigError: it is no url of a database that this version can use."""

@@ -19,6 +19,7 @@ from typing import Protocol
 from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE, ReceiveHead, ResponseConfirmReceive
 from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.explain import DELIVERED, ExplainedSubscriber, Explanation, pack
+from lonelypsp.replay import Code
 from lonelypsp.spool import Body
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
@@ -144,6 +145,7 @@ class Fanout:
         body: Body,
         report: Report = NO_REPORT,
         step: MessageStep = NO_MESSAGE_STEP,
+        codes: Sequence[Code] = (),
     ) -> int:
         """Delivers one message to all its subscribers at once and waits for all answers.
 
@@ -153,26 +155,41 @@ class Fanout:
         Args:
             report: is told what becomes of each.
             step: that of the message in its trace.
+            codes: of its signature; see `Store.remember`.
 
         Returns:
             how many subscribers confirmed, at most 2^32 - 1.
 
         Raises:
-            StoreUnavailable: nobody was asked; nothing was delivered.
+            StoreUnavailable, UsedBefore: nobody was asked; nothing was delivered.
         """
-        urls = await self.match(topic)
+        urls = await self.match(topic, codes=codes)
         count = self.local.deliver(topic, body, step)
         report.queued(count)
         if urls:
             count += await self.post(topic, body, urls, report, step)
         return min(count, MAX_COUNT)
 
-    async def match(self, topic: bytes, since: float = math.inf) -> dict[str, list[Subscription]]:
+    async def match(
+        self, topic: bytes, since: float = math.inf, codes: Sequence[Code] = ()
+    ) -> dict[str, list[Subscription]]:
         """The matching subscriptions of each url that is not our own; see `Store.match`."""
         started = time.monotonic()
-        found = await self.store.match(topic, since)
+        try:
+            found = await self.store.match(topic, since, codes)
+        except StoreUnavailable:
+            self.config.auth.shared.forget(codes)
+            raise
         self.metrics.matched(time.monotonic() - started)
         return self._by_url(found)
+
+    async def remember(self, codes: Sequence[Code]) -> None:
+        """Returns once signatures are known everywhere to be used; see `Store.remember`."""
+        try:
+            await self.store.remember(codes)
+        except StoreUnavailable:
+            self.config.auth.shared.forget(codes)
+            raise
 
     def urls_known(self, topic: bytes, since: float) -> dict[str, list[Subscription]] | None:
         """As `match`, if that is known without waiting; else None."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from lonelypsp.bodies import Missed, ResponseConfirmMissed
 from lonelypsp.errors import AuthResult, ProtocolError
+from lonelypsp.replay import Code
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig
 from lonelypss.metrics import NO_METRICS, Metrics
@@ -26,7 +27,13 @@ from lonelypss.sender import (
     authorization_header,
     parse_target,
 )
-from lonelypss.store.base import MissedNotice, Store, StoreUnavailable, Subscription
+from lonelypss.store.base import (
+    MissedNotice,
+    Store,
+    StoreUnavailable,
+    Subscription,
+    UsedBefore,
+)
 from lonelypss.tracing import NO_TRACING, Tracing
 
 log = logging.getLogger(__name__)
@@ -168,10 +175,13 @@ class MissedNotices:
         except UrlRefused as e:
             outcome.set_result(Reply(0, b"", f"url refused: {e}"))
         else:
-            self.sender.post(MissedPost(self.config, notice, target, outcome, step.tracing))
+            post = MissedPost(self.config, notice, target, outcome, step.tracing)
+            self.sender.post(post)
         failure = await outcome
         step.end(None if failure is None else reason(failure))
         try:
+            if failure is None:
+                failure = await self._remember(post.codes)
             await self._settle(notice, failure)
         except StoreUnavailable as e:
             log.warning(
@@ -179,6 +189,14 @@ class MissedNotices:
                 notice.recovery,
                 e,
             )
+
+    async def _remember(self, codes: Sequence[Code]) -> Reply | None:
+        """Why a confirmation does not count, if it was used before."""
+        try:
+            await self.store.remember(codes)
+        except UsedBefore:
+            return Reply(200, b"", "the authorization of the reply was used before")
+        return None
 
     async def _settle(self, notice: MissedNotice, failure: Reply | None) -> None:
         if failure is None:
@@ -231,7 +249,7 @@ def wish(reply: Reply) -> float:
 class MissedPost(Post):
     """One attempt at one notice. `outcome` becomes None once confirmed, else the other reply."""
 
-    __slots__ = ("config", "notice", "outcome", "tracing")
+    __slots__ = ("codes", "config", "notice", "outcome", "tracing")
 
     def __init__(
         self,
@@ -246,6 +264,7 @@ class MissedPost(Post):
         self.notice = notice
         self.outcome = outcome
         self.tracing = tracing
+        self.codes: Sequence[Code] = ()
 
     def head(self) -> bytes:
         body = encode(Missed(self.tracing, self.notice.topic))
@@ -282,6 +301,7 @@ class MissedPost(Post):
             answer.authorization,
             time.time(),
         )
+        self.codes = self.config.auth.shared.take()
         if result is AuthResult.OK:
             return None
         return Reply(reply.status, b"", f"the authorization of the reply is {result.name}")

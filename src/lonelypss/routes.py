@@ -34,6 +34,7 @@ from lonelypsp.bodies import (
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
 from lonelypsp.explain import REQUEST_HEADER
+from lonelypsp.replay import Code
 from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
 from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
@@ -42,7 +43,7 @@ from lonelypss.fanout import NO_REPORT, Explained, Fanout, Report
 from lonelypss.intake import Intake, NoRoom, fill
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import UrlRefused, parse_target
-from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
+from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription, UsedBefore
 from lonelypss.tracing import NO_TRACING, Tracing
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Route:
         except Disconnected:
             status = 499
             log.info("%s: the peer left before its request was complete", scope["path"])
-        except (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, NoRoom) as e:
+        except _FORESEEN as e:
             refused = as_refused(e)
             status = refused.status
             level = logging.WARNING if refused.status >= 500 else logging.INFO
@@ -104,6 +105,9 @@ class Route:
         self._metrics.request(scope["path"], status, time.monotonic() - started)
 
 
+_FORESEEN = (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, UsedBefore, NoRoom)
+
+
 def as_refused(e: Exception) -> Refused:
     """The one place where errors become statuses. Anything else is a bug, and a 500."""
     match e:
@@ -115,6 +119,8 @@ def as_refused(e: Exception) -> Refused:
             return Refused(e.status, str(e), e.retry_after)
         case UrlRefused():
             return Refused(400, f"url-syntax: {e}")
+        case UsedBefore():
+            return Refused(403, _AUTH_TEXTS[AuthResult.FORBIDDEN])
         case StoreUnavailable():
             return Refused(503, f"the database is not available: {e}", e.retry_after)
     raise e
@@ -162,7 +168,7 @@ class Routes:
     async def subscribe_exact(self, scope: Scope, receive: Receive) -> bytes:
         request = decode(SubscribeExact, await self._whole_body(receive))
         signed = {"url": request.url, "recovery": request.recovery, "topic": request.topic}
-        self._check(scope, request.tracing, signed)
+        await self._allow(scope, request.tracing, signed)
         _check_urls(request.url, request.recovery)
         if not await self.store.subscribe(Kind.EXACT, request.topic, request.url, request.recovery):
             raise Refused(409, "this url is subscribed to this topic already")
@@ -171,7 +177,7 @@ class Routes:
     async def subscribe_glob(self, scope: Scope, receive: Receive) -> bytes:
         request = decode(SubscribeGlob, await self._whole_body(receive))
         signed = {"url": request.url, "recovery": request.recovery, "glob": request.glob}
-        self._check(scope, request.tracing, signed)
+        await self._allow(scope, request.tracing, signed)
         _check_urls(request.url, request.recovery)
         if not await self.store.subscribe(
             Kind.GLOB, request.glob.encode("utf-8"), request.url, request.recovery
@@ -182,7 +188,7 @@ class Routes:
     async def unsubscribe_exact(self, scope: Scope, receive: Receive) -> bytes:
         request = decode(UnsubscribeExact, await self._whole_body(receive))
         signed = {"url": request.url, "recovery": None, "topic": request.topic}
-        self._check(scope, request.tracing, signed)
+        await self._allow(scope, request.tracing, signed)
         if not await self.store.unsubscribe(Kind.EXACT, request.topic, request.url):
             raise Refused(409, "this url is not subscribed to this topic")
         return self._generic(scope, signed)
@@ -190,14 +196,14 @@ class Routes:
     async def unsubscribe_glob(self, scope: Scope, receive: Receive) -> bytes:
         request = decode(UnsubscribeGlob, await self._whole_body(receive))
         signed = {"url": request.url, "recovery": None, "glob": request.glob}
-        self._check(scope, request.tracing, signed)
+        await self._allow(scope, request.tracing, signed)
         if not await self.store.unsubscribe(Kind.GLOB, request.glob.encode("utf-8"), request.url):
             raise Refused(409, "this url is not subscribed to this glob")
         return self._generic(scope, signed)
 
     async def check_subscriptions(self, scope: Scope, receive: Receive) -> bytes:
         request = decode(CheckSubscriptions, await self._whole_body(receive))
-        self._check(scope, request.tracing, {"url": request.url})
+        await self._allow(scope, request.tracing, {"url": request.url})
         rows = await self.store.subscriptions(request.url)
         if len(rows) < LONG_LIST // 100:
             etag = _etag(request.url, rows)
@@ -214,7 +220,7 @@ class Routes:
         if head.etag_format != ETAG_FORMAT:
             raise RemoteProtocolError(f"etag format {head.etag_format} is not {ETAG_FORMAT}")
         signed = {"etag_format": head.etag_format, "etag": head.etag}
-        self._check(scope, head.tracing, {"url": head.url, **signed})
+        await self._allow(scope, head.tracing, {"url": head.url, **signed})
         if len(body) < LONG_LIST:
             request = _checked_list(body)
         else:
@@ -232,12 +238,12 @@ class Routes:
         try:
             head, rest, more = await _notify_head(receive)
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
-            self._check(scope, head.tracing, signed)
+            codes = self._check(scope, head.tracing, signed)
             with (
                 self.tracing.notify("http", head.topic, head.length, head.tracing) as step,
                 closing(await self._message(head, rest, more, receive)) as body,
             ):
-                count = await self.fanout.notify(head.topic, body, report, step)
+                count = await self.fanout.notify(head.topic, body, report, step, codes)
                 step.answered(count)
         finally:
             self.notifies -= 1
@@ -269,7 +275,13 @@ class Routes:
                 raise Refused(413, f"the body exceeds max_request_body ({limit:,} bytes)")
         return b"".join(parts)
 
-    def _check(self, scope: Scope, tracing: bytes, signed: dict[str, Any]) -> None:
+    async def _allow(self, scope: Scope, tracing: bytes, signed: dict[str, Any]) -> None:
+        """Returns if the request may be acted upon."""
+        if codes := self._check(scope, tracing, signed):
+            await self.fanout.remember(codes)
+
+    def _check(self, scope: Scope, tracing: bytes, signed: dict[str, Any]) -> Sequence[Code]:
+        """What must be remembered before the request is acted upon."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(values) > 1:
             raise Refused(400, "more than one Authorization header")
@@ -281,6 +293,7 @@ class Routes:
         if result is not AuthResult.OK:
             retry = 1 if result is AuthResult.UNAVAILABLE else None
             raise Refused(result.status, _AUTH_TEXTS[result], retry)
+        return self.config.auth.shared.take()
 
     def _authorize(self, scope: Scope, tracing: bytes, signed: dict[str, Any]) -> str | None:
         operation = _endpoint(scope).response_operation

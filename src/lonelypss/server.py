@@ -32,7 +32,7 @@ from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
-from lonelypss.secrets import load_auth, replay_path
+from lonelypss.secrets import load_auth
 from lonelypss.tracing import export_spans
 from lonelypss.websocket import BURST, as_closing
 
@@ -68,7 +68,7 @@ class Settings:
     def app(self) -> App:
         auth = AuthConfig(Nothing(), Nothing())
         if self.secrets is not None:
-            auth = load_auth(self.secrets, replay_path(self.config.db))
+            auth = load_auth(self.secrets, db=self.config.db)
         return create_app(replace(self.config, auth=auth))
 
     def set_up_logging(self) -> None:

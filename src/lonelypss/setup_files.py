@@ -9,7 +9,7 @@ from lonelypsp import secretsfile
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.replay import ReplayGuard
 from lonelypss.config import ConfigError
-from lonelypss.secrets import SECRETS_FILE, replay_path
+from lonelypss.secrets import SECRETS_FILE
 
 SUBSCRIBER_SECRETS_FILE = "subscriber-secrets.json"
 MAIN_FILE = "main.py"
@@ -21,9 +21,10 @@ from lonelypss.app import create_app
 from lonelypss.config import BroadcasterConfig
 from lonelypss.secrets import load_auth
 
+DB = {db}
 config = BroadcasterConfig(
-    db={db},
-    auth=load_auth({secrets}, replay={replay}),
+    db=DB,
+    auth=load_auth({secrets}, db=DB),
     # for all other options see `lonelypss check-config`
 )
 app = create_app(config)
@@ -57,7 +58,7 @@ def write(
         secretsfile.load(document, ReplayGuard())
     except LocalProtocolError as e:
         raise ConfigError(str(e)) from None
-    main = _MAIN.format(db=_quoted(db), secrets=_quoted(SECRETS_FILE), replay=_replay(db))
+    main = _MAIN.format(db=_quoted(db), secrets=_quoted(SECRETS_FILE))
     contents = {SECRETS_FILE: document, SUBSCRIBER_SECRETS_FILE: document, MAIN_FILE: main}
     for name in contents:
         if os.path.lexists(directory / name):
@@ -79,11 +80,6 @@ def _create(path: Path, text: str, mode: int, written: list[Path]) -> None:
     written.append(path)
     with os.fdopen(file, "w", encoding="utf-8") as out:
         out.write(text)
-
-
-def _replay(db: str) -> str:
-    path = replay_path(db)
-    return "None" if path is None else _quoted(path)
 
 
 def _quoted(text: str) -> str:

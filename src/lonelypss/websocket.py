@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from lonelypsp import messages as m
@@ -27,6 +27,7 @@ from lonelypsp import session as s
 from lonelypsp.compression import decompress, decompress_pieces
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.interests import Topics
+from lonelypsp.replay import Code
 from lonelypsp.spool import Body, Spool
 from lonelypss.asgi import Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
@@ -450,6 +451,7 @@ class Connection:
             raise Closing(4408, "no CONFIGURE within websocket_open_timeout") from None
         event = session.receive(first, time.time())
         assert isinstance(event, s.Configured)  # the session says so
+        await self.hub.fanout.remember(self._codes())
         self._configured(event)
         self._socket.on_burst = self.arrived
         while True:
@@ -497,11 +499,11 @@ class Connection:
             return None
         if isinstance(event, s.BodyArrived):
             if not self._small_message(event, came):
-                return self._message(event, came)
+                return self._message(event, came, self._codes())
         elif isinstance(event, s.SubscriptionAsked):
             self._subscription(event)
         elif isinstance(event, s.PartArrived):
-            return self._part(event)
+            return self._part(event, self._codes())
         return self._relief() if self._overfed else None
 
     @property
@@ -515,9 +517,16 @@ class Connection:
             self._relieved.clear()
             await self._relieved.wait()
 
-    async def _part(self, event: s.PartArrived) -> None:
+    def _codes(self) -> Sequence[Code]:
+        """Of the message that was just received. Only those that do not sign a url of this
+        connection could have been used elsewhere."""
+        return self.config.auth.shared.take()
+
+    async def _part(self, event: s.PartArrived, codes: Sequence[Code]) -> None:
         assert isinstance(event.sink, Incoming)
         await event.sink.store()
+        if codes:
+            await self.hub.fanout.remember(codes)
         self._answer(event)
         await self._relief()
 
@@ -557,13 +566,13 @@ class Connection:
             "websocket", head.topic, head.decompressed_length, head.tracing
         )
 
-    async def _message(self, event: s.BodyArrived, came: float) -> None:
+    async def _message(self, event: s.BodyArrived, came: float, codes: Sequence[Code]) -> None:
         """Any message: to our own websockets at once, then to everybody else."""
         fanout, topic = self.hub.fanout, event.head.topic
         body = await self._body(event)
         step = self._step(event)
         try:
-            urls = await fanout.match(topic, came)
+            urls = await fanout.match(topic, came, codes)
             count = self.hub.deliver(topic, body, step)
             if urls:
                 await self.hub.rounds.acquire()

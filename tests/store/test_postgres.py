@@ -7,12 +7,15 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from os import urandom
 from typing import Any
 
 import pytest
 
 import postgres
+from lonelypsp.replay import Code
 from lonelypss.store import Kind, Store, StoreCorrupt, StoreUnavailable
+from lonelypss.store.base import UsedBefore
 from lonelypss.store.postgres import PostgresStore
 from postgres import Postgres
 from programs import free_port
@@ -71,7 +74,7 @@ async def test_a_newer_schema_is_refused(url: str) -> None:
     database = url.rpartition("/")[2]
     postgres.shared().sql("UPDATE lonelyps_meta SET value = 99 WHERE key = 'schema'", database)
     with pytest.raises(
-        StoreCorrupt, match="schema version 99, this lonelypss knows 1: run a newer"
+        StoreCorrupt, match=r"schema version 99, this lonelypss knows \d+: run a newer"
     ):
         await PostgresStore(url).open()
 
@@ -307,10 +310,10 @@ async def test_nobody_is_forgotten_who_asks_when_the_last_answer_is_given(
     async with asyncio.timeout(DEADLINE), opened(url) as (store,):
         gate, begun = asyncio.Event(), asyncio.Semaphore(0)
 
-        async def match(topics: list[bytes]) -> list[list[Any]]:
+        async def match(topics: list[bytes], codes: Any) -> tuple[list[list[Any]], dict[Any, Any]]:
             begun.release()
             await gate.wait()
-            return [[] for _ in topics]
+            return [[] for _ in topics], {}
 
         async def late() -> None:
             await gate.wait()  # in the same turn of the loop as those who answer
@@ -325,3 +328,178 @@ async def test_nobody_is_forgotten_who_asks_when_the_last_answer_is_given(
         await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(*asked)
+
+
+# Signatures that were accepted
+
+
+def codes(number: int, stamp: float | None = None) -> list[Code]:
+    stamp = int(time.time() if stamp is None else stamp)
+    return [Code(stamp, urandom(16)) for _ in range(number)]
+
+
+async def verdict(store: Store, code: Code, topic: bytes | None = None) -> str:
+    try:
+        if topic is None:
+            await store.remember([code])
+        else:
+            await store.match(topic, codes=[code])
+    except UsedBefore:
+        return "used"
+    except StoreUnavailable:
+        return "unavailable"
+    return "new"
+
+
+@pytest.mark.parametrize("topic", [None, b"t"], ids=["remember", "match"])
+async def test_a_signature_is_new_once_wherever_it_comes(url: str, topic: bytes | None) -> None:
+    async with opened(url, 2) as stores:
+        given = codes(700)  # more than one question holds
+        for turn in ("new", "used"):
+            answers = await asyncio.gather(
+                *(verdict(stores[n % 2], code, topic) for n, code in enumerate(given))
+            )
+            assert set(answers) == {turn}
+            stores.reverse()
+        assert await verdict(stores[0], Code(given[0].stamp + 1, given[0].code), topic) == "new"
+
+
+async def test_of_those_who_come_at_once_one_is_the_first(url: str) -> None:
+    async with opened(url, 3) as stores:
+        given = codes(40)
+        answers = await asyncio.gather(
+            *(verdict(store, code, b"t") for code in given for store in stores * 2)
+        )
+        assert answers.count("new") == 40
+        assert answers.count("used") == 200
+
+
+async def test_whoever_matches_without_a_signature_is_not_refused_with_others(url: str) -> None:
+    async with opened(url) as (store,):
+        assert await store.subscribe(Kind.EXACT, b"t", A, None)
+        (code,) = codes(1)
+        assert await verdict(store, code, b"t") == "new"
+        found, again = await asyncio.gather(store.match(b"t"), verdict(store, code, b"t"))
+        assert ([s.url for s in found], again) == ([A], "used")
+
+
+async def test_a_message_and_its_signature_take_one_round_trip(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as (store,):
+        await store.remember(codes(1, time.time() + 60))  # begins the memory
+        calls: list[Any] = []
+        call = store._call
+
+        async def counted(*arguments: Any) -> Any:
+            calls.append(arguments)
+            return await call(*arguments)
+
+        monkeypatch.setattr(store, "_call", counted)
+        for number in range(1, 20):
+            (code,) = codes(1)
+            assert await verdict(store, code, b"t") == "new"
+            assert len(calls) == number
+
+
+async def test_extending_the_memory_is_not_waited_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as (store,):
+        now = int(time.time())
+        await store.remember(codes(1, now))
+        asked = []
+        match_once = store._match_once
+
+        async def counted(*arguments: Any) -> Any:
+            asked.append(arguments)
+            return await match_once(*arguments)
+
+        monkeypatch.setattr(store, "_match_once", counted)
+        for second in range(1, 13):
+            await store.remember(codes(1, now + second))
+            assert len(asked) == second
+            if store._extending is not None:
+                await store._extending
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+async def test_signatures_outlive_the_server(server: Postgres, signum: signal.Signals) -> None:
+    """Also those of signers whose clocks are ahead: none is new twice."""
+    url, now = server.database(), time.time()
+    async with opened(url, 2) as stores:
+        given = [code for skew in (-119, -60, -1, 0, 1, 60, 119) for code in codes(3, now + skew)]
+        for code in given:
+            assert await verdict(stores[0], code, b"t") == "new"
+        await asyncio.to_thread(server.stop, signum)
+        (unlucky,) = codes(1)
+        assert await verdict(stores[0], unlucky, b"t") == "unavailable"
+        await asyncio.to_thread(server.start)
+        await available(stores[0])
+        await available(stores[1])
+        answers = {await verdict(store, code, b"t") for store in stores for code in given}
+        assert answers == ({"used"} if signum == signal.SIGINT else {"unavailable"})
+        # what nobody can have signed before
+        (later,) = codes(1, now + 150)
+        assert [await verdict(store, later) for store in stores] == ["new", "used"]
+
+
+async def test_after_a_crash_the_memory_is_back_in_seconds(server: Postgres) -> None:
+    url = server.database()
+    async with opened(url) as (store,):
+        assert await verdict(store, *codes(1)) == "new"
+        await asyncio.to_thread(server.stop, signal.SIGKILL)
+        await asyncio.to_thread(server.start)
+        await available(store)
+        started = time.monotonic()
+        async with asyncio.timeout(DEADLINE):
+            while (answer := await verdict(store, *codes(1))) != "new":
+                assert answer == "unavailable"
+                await asyncio.sleep(0.05)
+        assert time.monotonic() - started < 10
+
+
+async def test_old_signatures_are_forgotten_and_not_accepted(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = url.rpartition("/")[2]
+
+    def kept() -> int:
+        return int(
+            postgres.shared().sql("SELECT count(*) FROM lonelyps_used WHERE code <> ''", database)
+        )
+
+    monkeypatch.setattr("lonelypss.store.postgres._SHORTEN_INTERVAL", 0.05)
+    monkeypatch.setattr("lonelypss.store.postgres._SHORTEN_ROWS", 2)
+    async with opened(url) as (store,):
+        now = time.time()
+        old, recent = codes(7, now - 1000), codes(2, now - 200)
+        for code in (*old, *recent):
+            assert await verdict(store, code) in ("new", "unavailable")
+        async with asyncio.timeout(DEADLINE):
+            while kept() > len(recent):
+                await asyncio.sleep(0.05)
+        assert {await verdict(store, code) for code in old} == {"unavailable"}
+        assert {await verdict(store, code) for code in recent} == {"used"}
+
+
+async def test_a_lost_connection_accepts_nothing(url: str) -> None:
+    """The question may have arrived all the same."""
+    async with opened(url) as (store,):
+        assert await verdict(store, *codes(1)) == "new"
+        database = url.rpartition("/")[2]
+        holder = asyncio.create_task(
+            asyncio.to_thread(
+                postgres.shared().sql,
+                "BEGIN; LOCK TABLE lonelyps_used; SELECT pg_sleep(0.3);"
+                " SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                f" WHERE application_name = 'lonelypss' AND datname = '{database}'",
+                database,
+            )
+        )
+        answers = set()
+        while not holder.done():
+            answers.add(await verdict(store, *codes(1), b"t"))
+        assert answers == {"new", "unavailable"}
+        await holder
+        assert await verdict(store, *codes(1), b"t") == "new"

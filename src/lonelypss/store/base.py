@@ -16,6 +16,8 @@ from enum import IntEnum
 from importlib import resources
 from typing import NamedTuple, Protocol
 
+from lonelypsp.replay import Code
+
 
 class Kind(IntEnum):
     """How a subscription's pattern is compared with topics."""
@@ -71,6 +73,10 @@ class StoreUnavailable(Exception):
         self.retry_after = retry_after
 
 
+class UsedBefore(Exception):
+    """A signature was accepted before, here or by another broadcaster."""
+
+
 class StoreCorrupt(StoreUnavailable):
     """The database is damaged, or not ours. Nothing gets better until somebody looks at it."""
 
@@ -91,12 +97,29 @@ class Store(Protocol):
     async def close(self) -> None:
         """Finish what is queued and disconnect. Closing twice is fine."""
 
-    async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+    async def match(
+        self, topic: bytes, since: float = math.inf, codes: Sequence[Code] = ()
+    ) -> Sequence[Subscription]:
         """The subscriptions to `topic`, exact and glob, in no particular order.
 
         Args:
             since: `time.monotonic()` when the message had arrived. What the database said then or
                 later is good enough, so that messages that arrive together share one question.
+            codes: to `remember` on the way.
+
+        Raises:
+            UsedBefore: as for `remember`.
+        """
+
+    async def remember(self, codes: Sequence[Code]) -> None:
+        """Have these signatures known at all broadcasters; returns once they are.
+
+        Those of one machine share a file for that (`lonelypsp.replay`), so that only a database
+        that several machines share is ever given any.
+
+        Raises:
+            UsedBefore: one of them was known. The others may be known now.
+            StoreUnavailable: nobody can tell whether they were. They may be known now.
         """
 
     def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:

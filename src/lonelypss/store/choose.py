@@ -14,7 +14,7 @@ def make_store(config: BroadcasterConfig) -> Store:
         ConfigError: `config.db` is no url of a database.
     """
     database = Database.at(config.db)
-    if database.is_shared and database.path is None:
+    if database.is_remote:
         from lonelypss.store.postgres import PostgresStore
 
         return PostgresStore(config.db, pool_size=config.db_pool_size, timeout=config.db_timeout)

@@ -5,7 +5,8 @@ match:  topics that are asked for together -> one query -> exact rows and the gl
 
 Nothing is remembered from one question to the next, except the globs, whose version every answer
 tells (`GlobSet`); so what was answered at one broadcaster counts at every other. Questions that
-arrive while one is on its way share the next one.
+arrive while one is on its way share the next one, and so do signatures to be remembered, which
+travel with them.
 
 Every statement has a bound in time, here and in the server, so that a transaction of ours never
 stays behind. Nothing depends on which connection is used: no locks, settings or listeners outlive
@@ -18,11 +19,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from lonelypsp.replay import Code
+from lonelypsp.signing import TOKEN_LIFETIME
 from lonelypss.config import without_password
 from lonelypss.store.base import (
     Kind,
@@ -30,6 +35,7 @@ from lonelypss.store.base import (
     StoreCorrupt,
     StoreUnavailable,
     Subscription,
+    UsedBefore,
     load_queries,
 )
 from lonelypss.store.globset import PAGE, SLICE, Cursor, GlobChange, GlobSet, Row
@@ -41,18 +47,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 _SQL = load_queries("postgres.sql")
 _MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in k for k in _SQL))]
 
 _ASKING = 2  # questions of `match` on their way at a time
-_AT_ONCE = 500  # topics in one of them
+_AT_ONCE = 500  # topics in one of them, and codes
 _ROWS_AT_ONCE = 5000  # of an answer that are dealt with without a pause
 _TRIES = 3
 _FORGET_PEER = 86_400.0
 _MIGRATION_LOCK = 0x6C6F6E656C79  # "lonely"
 _LONG = 60.0  # seconds for what may change a million rows
+_AHEAD = 4  # seconds of stamps to prepare for; so long nothing is accepted after a crash
+_SHORTEN_INTERVAL = 20.0
+_SHORTEN_ROWS = 10_000
 
 
 class PostgresStore:
@@ -77,7 +87,10 @@ class PostgresStore:
         self._errors = _Errors(asyncpg, self.name)
         self._globs = GlobSet(self._read_globs)
         self._asked: dict[bytes, asyncio.Future[Sequence[Subscription]]] = {}
+        self._marks: dict[Code, asyncio.Future[None]] = {}
         self._askers: set[asyncio.Task[None]] = set()
+        self._extending: asyncio.Task[None] | None = None
+        self._shortening: asyncio.Task[None] | None = None
         milliseconds = str(int(_LONG * 1000))
         with self._errors.at_start():
             self._pool = await asyncpg.create_pool(
@@ -108,6 +121,9 @@ class PostgresStore:
             return
         while self._askers:
             await asyncio.wait(self._askers)
+        for task in filter(None, (self._extending, self._shortening)):
+            task.cancel()
+            await asyncio.wait([task])
         await self._globs.close()
         try:
             async with asyncio.timeout(self._timeout):
@@ -117,40 +133,82 @@ class PostgresStore:
 
     # Subscriptions
 
-    async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+    async def match(
+        self, topic: bytes, since: float = math.inf, codes: Sequence[Code] = ()
+    ) -> Sequence[Subscription]:
+        remembered = self._mark(codes)
         future = self._asked.get(topic)
         if future is None:
             future = asyncio.get_running_loop().create_future()
             self._asked[topic] = future
-            if len(self._askers) < _ASKING:
-                self._askers.add(asyncio.create_task(self._ask()))
-        return await asyncio.shield(future)
+            self._start_asking()
+        found = await asyncio.shield(future)
+        for mark in remembered:
+            await asyncio.shield(mark)
+        return found
+
+    async def remember(self, codes: Sequence[Code]) -> None:
+        if not codes:
+            return
+        remembered = self._mark(codes)
+        self._start_asking()
+        for mark in remembered:
+            await asyncio.shield(mark)
 
     def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:
         return None
 
+    def _mark(self, codes: Sequence[Code]) -> list[asyncio.Future[None]]:
+        """Has codes remembered with the next question; what that raises, the futures do."""
+        if not codes:
+            return []
+        if not self._marks.keys().isdisjoint(codes):
+            raise UsedBefore
+        if self._shortening is None:
+            self._shortening = asyncio.create_task(self._shorten_memory(), name="forget codes")
+        loop = asyncio.get_running_loop()
+        marks = {code: loop.create_future() for code in codes}
+        self._marks |= marks
+        return list(marks.values())
+
+    def _start_asking(self) -> None:
+        if len(self._askers) < _ASKING:
+            self._askers.add(asyncio.create_task(self._ask()))
+
     async def _ask(self) -> None:
         """Answers until nobody asks, and is gone in the same moment: whoever comes then starts
         another one."""
-        while self._asked:
-            batch = dict(list(self._asked.items())[:_AT_ONCE])
-            for topic in batch:
-                del self._asked[topic]
+        while self._asked or self._marks:
+            asked, marks = _taken(self._asked), _taken(self._marks)
             try:
-                found = await self._match(list(batch))
+                found, refused = await self._match(list(asked), list(marks))
             except Exception as e:  # noqa: BLE001 everyone who waits gets it
-                for future in batch.values():
+                waiting: list[asyncio.Future[Any]] = [*asked.values(), *marks.values()]
+                for future in waiting:
                     future.set_exception(e)
                     future.exception()  # seen, even if nobody waits any more
                 continue
-            for future, subscriptions in zip(batch.values(), found, strict=True):
+            for future, subscriptions in zip(asked.values(), found, strict=True):
                 future.set_result(subscriptions)
+            for code, mark in marks.items():
+                if code in refused:
+                    mark.set_exception(refused[code])
+                    mark.exception()
+                else:
+                    mark.set_result(None)
         task = asyncio.current_task()
         assert task is not None
         self._askers.discard(task)
 
-    async def _match(self, topics: list[bytes]) -> list[list[Subscription]]:
-        rows = await self._read("match", topics)
+    async def _match(
+        self, topics: list[bytes], codes: Sequence[Code]
+    ) -> tuple[list[list[Subscription]], dict[Code, Exception]]:
+        """What is subscribed to each topic, and why codes are not accepted."""
+        refused: dict[Code, Exception] = {}
+        if codes:
+            rows, refused = await self._remember(topics, codes)
+        else:
+            rows = await self._read("match", topics)
         found: list[list[Subscription]] = [[] for _ in topics]
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             if start:
@@ -160,10 +218,85 @@ class PostgresStore:
                     found[n - 1].append(
                         Subscription(id, Kind.EXACT, topics[n - 1], url.decode(), _text(recovery))
                     )
-        await self._globs.catch_up(max(row[1] for row in rows))
+        if topics:
+            await self._globs.catch_up(max(row[1] for row in rows))
         for topic, of_topic in zip(topics, found, strict=True):
             of_topic += self._globs.match(topic)
-        return found
+        return found, refused
+
+    # Signatures that were accepted
+
+    async def _remember(
+        self, topics: list[bytes], codes: Sequence[Code]
+    ) -> tuple[list[asyncpg.Record], dict[Code, Exception]]:
+        """The rows of `match`, and why codes are not accepted."""
+        rows, added, begins, horizon = await self._match_once(topics, codes)
+        newest = max(code.stamp for code in codes)
+        if begins is None or newest > horizon:
+            await self._extend_memory(newest)
+            left = [code for code in codes if code not in added]
+            _, more, begins, horizon = await self._match_once([], left)
+            added |= more
+        elif newest > horizon - _AHEAD / 2 and self._extending is None:
+            self._extending = asyncio.create_task(self._extend_soon(newest), name="extend memory")
+        refused: dict[Code, Exception] = {
+            code: UsedBefore()
+            if begins is not None and begins < code.stamp <= horizon
+            else StoreUnavailable(
+                f"{self.name} cannot tell any more, or not yet, whether this signature was used"
+                " before; sign it again"
+            )
+            for code in codes
+            if code not in added
+        }
+        return rows, refused
+
+    async def _match_once(
+        self, topics: list[bytes], codes: Sequence[Code]
+    ) -> tuple[list[asyncpg.Record], set[Code], int | None, int]:
+        # not repeated when the connection is lost: nobody could tell our own codes from used ones
+        arguments = (topics, *_columns(codes, 2))
+        rows = await self._write(lambda db: db.fetch(_SQL["match_once"], *arguments))
+        matched, added = [], set()
+        begins, horizon = None, 0
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            for row in rows[start : start + _ROWS_AT_ONCE]:
+                if row[0] > 0:
+                    matched.append(row)
+                elif row[0] == 0:
+                    begins, horizon = row[1], row[2]
+                else:
+                    added.add(Code(row[1], row[3]))
+        return matched, added, begins, horizon
+
+    async def _extend_memory(self, newest: int) -> None:
+        await self._write(lambda db: db.execute(_SQL["extend_memory"], newest + _AHEAD))
+
+    async def _extend_soon(self, newest: int) -> None:
+        try:
+            await self._extend_memory(newest)
+        except StoreUnavailable as e:
+            log.warning("cannot extend the memory of used signatures, trying again: %s", e)
+        finally:
+            self._extending = None
+
+    async def _shorten_memory(self) -> None:
+        kept = int(2 * TOKEN_LIFETIME)  # clocks may differ by half of that
+        while True:
+            await asyncio.sleep(_SHORTEN_INTERVAL)
+            gone = _SHORTEN_ROWS
+            try:
+                while gone == _SHORTEN_ROWS:
+                    until = int(time.time()) - kept
+                    arguments = (until, _SHORTEN_ROWS, kept)
+                    gone = await self._write(
+                        lambda db, a=arguments: db.fetchval(_SQL["shorten_memory"], *a),  # type: ignore[misc]
+                        timeout=_LONG,
+                    )
+            except StoreUnavailable as e:
+                log.warning("cannot forget old signatures, trying again: %s", e)
 
     async def _read_globs(self, known: int, after: Cursor) -> GlobChange:
         first, *found = await self._read("glob_changes", known, *after, PAGE, timeout=_LONG)
@@ -378,6 +511,14 @@ class PostgresStore:
                 await db.execute(migration)
             if version < len(_MIGRATIONS):
                 await db.execute(_SQL["set_schema_version"], len(_MIGRATIONS))
+
+
+def _taken(waiting: dict[K, T]) -> dict[K, T]:
+    """The first of those that wait, which then wait no longer."""
+    batch = dict(islice(waiting.items(), _AT_ONCE))
+    for key in batch:
+        del waiting[key]
+    return batch
 
 
 def _subscription(

@@ -81,6 +81,16 @@ FOR EACH ROW WHEN (NEW.recovery IS NULL) EXECUTE FUNCTION lonelyps_recovery_remo
 
 CREATE TABLE lonelyps_peers (url bytea PRIMARY KEY, alive_until float8 NOT NULL);
 
+-- name: migration_2
+-- Signatures that were accepted, in order of time, so that what is written together lies together
+-- and goes together. The memory is complete from the stamp of the one row without a code, exclusive,
+-- to `replay_horizon`, inclusive; what is stamped outside is not accepted. After a crash the server
+-- empties the table, and that row is missing; then it begins anew where the horizon had been, which
+-- is in a table that survives.
+CREATE UNLOGGED TABLE lonelyps_used (stamp bigint, code bytea, PRIMARY KEY (stamp, code));
+CREATE UNIQUE INDEX lonelyps_used_from ON lonelyps_used ((code = '')) WHERE code = '';
+INSERT INTO lonelyps_meta VALUES ('replay_horizon', 0);
+
 -- name: schema
 SELECT to_regclass('lonelyps_meta') IS NOT NULL;
 
@@ -98,6 +108,64 @@ FROM unnest($1::bytea[]) WITH ORDINALITY AS asked (topic, n)
 JOIN lonelyps_meta AS meta ON meta.key = 'glob_version'
 LEFT JOIN lonelyps_subscriptions AS s
     ON s.kind = 0 AND sha256(s.pattern) = sha256(asked.topic) AND s.pattern = asked.topic;
+
+-- name: match_once
+-- As match; and remembers the codes $3, stamped $2. Besides the rows of match, none if there are no
+-- topics, comes one with n = 0 that tells from where to where the memory is complete, none if there
+-- is no memory, and one with n < 0 for each code that is new.
+WITH memory AS (
+    SELECT u.stamp AS begins, m.value AS horizon FROM lonelyps_used AS u, lonelyps_meta AS m
+    WHERE u.code = '' AND m.key = 'replay_horizon'
+),
+added AS (
+    INSERT INTO lonelyps_used
+    SELECT g.stamp, g.code FROM unnest($2::bigint[], $3::bytea[]) AS g (stamp, code), memory AS m
+    WHERE g.stamp > m.begins AND g.stamp <= m.horizon
+    -- in one order, so that two who add the same codes cannot wait for each other
+    ORDER BY 1, 2 ON CONFLICT DO NOTHING RETURNING stamp, code
+)
+SELECT asked.n, meta.value, s.id, s.url, s.recovery
+FROM unnest($1::bytea[]) WITH ORDINALITY AS asked (topic, n)
+JOIN lonelyps_meta AS meta ON meta.key = 'glob_version'
+LEFT JOIN lonelyps_subscriptions AS s
+    ON s.kind = 0 AND sha256(s.pattern) = sha256(asked.topic) AND s.pattern = asked.topic
+UNION ALL
+SELECT 0, begins, horizon, NULL, NULL FROM memory
+UNION ALL
+SELECT -1, stamp, NULL, code, NULL FROM added;
+
+-- name: extend_memory
+-- Lets it hold stamps up to $1, and first begins it where there is none. Must survive a crash from
+-- its commit on.
+WITH horizon AS (
+    SELECT value, CASE current_setting('synchronous_commit')
+        WHEN 'off' THEN set_config('synchronous_commit', 'local', true) END
+    FROM lonelyps_meta WHERE key = 'replay_horizon' FOR UPDATE
+),
+begun AS (
+    INSERT INTO lonelyps_used SELECT value, '' FROM horizon
+    WHERE NOT EXISTS (SELECT FROM lonelyps_used WHERE code = '')
+    ON CONFLICT DO NOTHING
+)
+UPDATE lonelyps_meta AS m SET value = $1 FROM horizon
+WHERE m.key = 'replay_horizon' AND m.value < $1;
+
+-- name: shorten_memory
+-- Forgets up to $2 of the codes stamped long before the beginning of the memory, and moves that to
+-- $1 at most. In between lies a minute in which every question that does not know it yet has ended.
+WITH memory AS (SELECT stamp FROM lonelyps_used WHERE code = ''),
+gone AS (
+    DELETE FROM lonelyps_used WHERE (stamp, code) IN (
+        SELECT u.stamp, u.code FROM lonelyps_used AS u, memory
+        WHERE u.code <> '' AND u.stamp <= memory.stamp - 60
+        ORDER BY u.stamp LIMIT $2 FOR UPDATE OF u SKIP LOCKED
+    ) RETURNING 1
+),
+moved AS (
+    UPDATE lonelyps_used SET stamp = least($1, extract(epoch FROM clock_timestamp())::bigint - $3)
+    WHERE code = '' AND stamp < least($1, extract(epoch FROM clock_timestamp())::bigint - $3)
+)
+SELECT count(*) FROM gone;
 
 -- name: glob_changes
 -- What has changed since version $1, or, where that is too long ago, $4 of all globs, those behind

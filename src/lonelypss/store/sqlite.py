@@ -26,6 +26,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeAlias, TypeVar
 
+from lonelypsp.replay import Code
 from lonelypss.store.base import (
     Kind,
     MissedNotice,
@@ -112,9 +113,15 @@ class SqliteStore:
 
     # Subscriptions
 
-    async def match(self, topic: bytes, since: float = math.inf) -> Sequence[Subscription]:
+    async def match(
+        self, topic: bytes, since: float = math.inf, codes: Sequence[Code] = ()
+    ) -> Sequence[Subscription]:
+        await self.remember(codes)
         found = self.found(topic, since)
         return await self._match(topic) if found is None else found
+
+    async def remember(self, codes: Sequence[Code]) -> None:
+        assert not codes, "this machine has a file for them"
 
     def found(self, topic: bytes, since: float) -> Sequence[Subscription] | None:
         if since > self._confirmed_at:
