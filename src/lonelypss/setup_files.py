@@ -8,7 +8,7 @@ from pathlib import Path
 from lonelypsp import secretsfile
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.replay import ReplayGuard
-from lonelypss.config import ConfigError
+from lonelypss.config import ConfigError, Database
 from lonelypss.secrets import SECRETS_FILE
 
 SUBSCRIBER_SECRETS_FILE = "subscriber-secrets.json"
@@ -49,10 +49,11 @@ def write(
     """Writes all files or none; never over or through one that is there.
 
     Raises:
-        ConfigError: a secret cannot be used.
+        ConfigError: a secret or `db` cannot be used.
         FileExistsError: names the file that is in the way.
         OSError: the directory cannot be written.
     """
+    Database.at(db)
     document = secretsfile.dump(to_broadcaster, to_subscriber)
     try:
         secretsfile.load(document, ReplayGuard())
