@@ -44,6 +44,7 @@ _GROUPS = (
     ("sweep_", "MISSED notices"),
     ("journal_", "MISSED notices"),
     ("unsubscribe_", "Deliveries to subscribers"),
+    ("url_", "Urls of subscribers"),
     ("", "Storage and limits"),
 )
 

@@ -10,13 +10,14 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from lonelypsp.signing import AuthConfig, Nothing
+from lonelypss.urlpolicy import UrlPreset, parse_ports, parse_rules
 
 ENV_PREFIX = "LONELYPSS_"
 MIB = 1024 * 1024
@@ -145,6 +146,52 @@ class BroadcasterConfig:
         "Waiting for a connection to one host; what comes on top fails at once and is announced"
         " by a MISSED notice.",
         least=1,
+    )
+    outgoing_ca_file: str | None = _option(
+        None,
+        "path",
+        "Certificates (PEM) of the authorities that vouch for https subscribers; by default those"
+        " that the system trusts.",
+    )
+    outgoing_client_cert: str | None = _option(
+        None, "path", "Certificate chain (PEM) that this broadcaster shows to https subscribers."
+    )
+    outgoing_client_key: str | None = _option(
+        None, "path", "Its private key (PEM); by default in the same file."
+    )
+    outgoing_dns_threads: int = _option(
+        16,
+        "threads",
+        "In which names of subscribers are looked up. A name server that hangs holds one for each"
+        " name.",
+        least=1,
+    )
+    url_policy: UrlPreset = _option(
+        UrlPreset.INTERNAL,
+        "internal | public | listed",
+        "Where urls of subscribers may lead: also to private and loopback addresses; only to public"
+        " ones, and what url_allow excepts; only to what url_allow lists. Link-local, multicast,"
+        " reserved and metadata addresses are always denied.",
+    )
+    url_allow: str = _option(
+        "",
+        "host[:port], ...",
+        "What url_policy=public excepts, or listed lists: addresses and networks (10.0.0.0/8,"
+        " [fd00::/8]:443), names (*.example.com:8000-8999), or *:port. A name that is listed may"
+        " lead to any address.",
+    )
+    url_deny: str = _option(
+        "", "host[:port], ...", "What is denied in any case, written in the same way."
+    )
+    url_denied_ports: str = _option(
+        "22, 23, 25, 53, 110, 111, 139, 143, 389, 445, 465, 587, 636, 993, 995, 1433, 1521, 2375, "
+        "2379, 3306, 3389, 5432, 5672, 6379, 9042, 9092, 9200, 10250, 11211, 27017",
+        "ports",
+        "Ports, or ranges like 1-79, that no url may have; by default those of mail, databases and"
+        " the like, some of which take a line of a message for a command.",
+    )
+    url_https_only: bool = _option(
+        False, "true | false", "Whether urls of subscribers must be https."
     )
     unsubscribe_immediate: UnsubscribeImmediate = _option(
         UnsubscribeImmediate.OBEY,
@@ -369,6 +416,11 @@ class Option:
             Database.at(value)
         if self.name == "peer_url":
             _check_peer_url(value)
+        if parse := _PARSED.get(self.name):
+            try:
+                parse(value)
+            except ValueError as e:
+                raise ConfigError(f"{self.name}: {e}") from None
 
     @property
     def _optional(self) -> bool:
@@ -384,6 +436,11 @@ class Option:
         return self.unit if listed else str(self._kind.__name__)
 
 
+_PARSED: Mapping[str, Callable[[str], object]] = {
+    "url_allow": parse_rules,
+    "url_deny": parse_rules,
+    "url_denied_ports": parse_ports,
+}
 _SWITCH = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 

@@ -29,13 +29,11 @@ from lonelypss.sender import (
     Post,
     Reply,
     Sender,
-    Target,
-    UrlRefused,
     authorization_header,
-    parse_target,
 )
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.tracing import NO_MESSAGE_STEP, MessageStep
+from lonelypss.urlpolicy import Target, UrlRefused
 
 log = logging.getLogger(__name__)
 
@@ -260,16 +258,17 @@ class Round:
         """Hands one delivery per url to the sender."""
         identifiers = urandom(IDENTIFIER_LENGTH * len(self.urls))
         refused: list[tuple[str, UrlRefused]] = []
+        sender = self.fanout.sender
         for n, url in enumerate(self.urls):
             at = n * IDENTIFIER_LENGTH
             try:
-                target = parse_target(url)
+                target = sender.policy.target(url)
             except UrlRefused as e:
                 refused.append((url, e))
                 continue
             identifier = identifiers[at : at + IDENTIFIER_LENGTH]
             tracing = self.step.delivery(url, identifier)
-            self.fanout.sender.post(Delivery(self, url, target, identifier, tracing))
+            sender.post(Delivery(self, url, target, identifier, tracing))
         for url, error in refused:
             self.fail(url, f"url refused: {error}")
 

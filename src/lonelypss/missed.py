@@ -18,15 +18,7 @@ from lonelypsp.replay import Code
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig
 from lonelypss.metrics import NO_METRICS, Metrics
-from lonelypss.sender import (
-    Post,
-    Reply,
-    Sender,
-    Target,
-    UrlRefused,
-    authorization_header,
-    parse_target,
-)
+from lonelypss.sender import Post, Reply, Sender, authorization_header
 from lonelypss.store.base import (
     MissedNotice,
     Store,
@@ -35,6 +27,7 @@ from lonelypss.store.base import (
     UsedBefore,
 )
 from lonelypss.tracing import NO_TRACING, Tracing
+from lonelypss.urlpolicy import Target, UrlRefused
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +164,7 @@ class MissedNotices:
         outcome: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         step = self.tracing.notice(notice.recovery, notice.topic, notice.attempts + 1)
         try:
-            target = parse_target(notice.recovery)
+            target = self.sender.policy.target(notice.recovery)
         except UrlRefused as e:
             outcome.set_result(Reply(0, b"", f"url refused: {e}"))
         else:

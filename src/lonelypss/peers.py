@@ -35,9 +35,9 @@ from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig, ConfigError, Database
 from lonelypss.intake import Intake, fill
 from lonelypss.routes import _AUTH_TEXTS, Refused, Route, _chunk
-from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.tracing import NO_TRACING, MessageStep, Tracing
+from lonelypss.urlpolicy import PEER_PATHS, UrlRefused, parse_target
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ V = TypeVar("V", bound=Hashable)
 _Key: TypeAlias = bytes | str
 """An exact topic, or a glob."""
 
-RECEIVE = "/v1/receive_for_websockets"
-MISSED = "/v1/missed_for_websockets"
+RECEIVE, MISSED = PEER_PATHS
 _AT_ONCE = 1000  # rows in the hands of the store
 _MAX_MISSED = 2 * (2 + 65_535)
 _RETRY_PAUSE = 1.0

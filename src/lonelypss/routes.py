@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
@@ -42,9 +43,9 @@ from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import NO_REPORT, Explained, Fanout, Report
 from lonelypss.intake import Intake, NoRoom, fill
 from lonelypss.metrics import NO_METRICS, Metrics
-from lonelypss.sender import UrlRefused, parse_target
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription, UsedBefore
 from lonelypss.tracing import NO_TRACING, Tracing
+from lonelypss.urlpolicy import UrlRefused
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def as_refused(e: Exception) -> Refused:
         case NoRoom():
             return Refused(e.status, str(e), e.retry_after)
         case UrlRefused():
-            return Refused(400, f"url-syntax: {e}")
+            return Refused(400, str(e))
         case UsedBefore():
             return Refused(403, _AUTH_TEXTS[AuthResult.FORBIDDEN])
         case StoreUnavailable():
@@ -169,7 +170,7 @@ class Routes:
         request = decode(SubscribeExact, await self._whole_body(receive))
         signed = {"url": request.url, "recovery": request.recovery, "topic": request.topic}
         await self._allow(scope, request.tracing, signed)
-        _check_urls(request.url, request.recovery)
+        self._check_urls(scope, request.url, request.recovery)
         if not await self.store.subscribe(Kind.EXACT, request.topic, request.url, request.recovery):
             raise Refused(409, "this url is subscribed to this topic already")
         return self._generic(scope, signed)
@@ -178,7 +179,7 @@ class Routes:
         request = decode(SubscribeGlob, await self._whole_body(receive))
         signed = {"url": request.url, "recovery": request.recovery, "glob": request.glob}
         await self._allow(scope, request.tracing, signed)
-        _check_urls(request.url, request.recovery)
+        self._check_urls(scope, request.url, request.recovery)
         if not await self.store.subscribe(
             Kind.GLOB, request.glob.encode("utf-8"), request.url, request.recovery
         ):
@@ -222,11 +223,26 @@ class Routes:
         signed = {"etag_format": head.etag_format, "etag": head.etag}
         await self._allow(scope, head.tracing, {"url": head.url, **signed})
         if len(body) < LONG_LIST:
-            request = _checked_list(body)
+            request = self._checked_list(scope, body)
         else:
-            request = await asyncio.to_thread(_checked_list, body)
+            request = await asyncio.to_thread(self._checked_list, scope, body)
         await self.store.set_subscriptions(request.url, request.exact, request.globs)
         return self._generic(scope, signed)
+
+    def _checked_list(self, scope: Scope, body: bytes) -> SetSubscriptions:
+        request = decode(SetSubscriptions, body)
+        if strong_etag(request.url, request.exact, request.globs) != request.etag:
+            raise RemoteProtocolError("the etag is not that of the list that came with it")
+        recoveries = {r for _, r in request.exact} | {r for _, r in request.globs}
+        if recoveries:  # an empty list removes what should never have been there
+            self._check_urls(scope, request.url, *recoveries)
+        return request
+
+    def _check_urls(self, scope: Scope, *urls: str | None) -> None:
+        own = _own_listener(scope)
+        for url in urls:
+            if url is not None:
+                self.fanout.sender.policy.check_subscriber(url, own)
 
     async def notify(self, scope: Scope, receive: Receive) -> bytes:
         if self.draining or self.notifies >= self.config.max_notifies:
@@ -320,16 +336,6 @@ def _endpoint(scope: Scope) -> Endpoint:
     return BROADCASTER_ENDPOINTS[path[path.rindex("/v1/") :]]
 
 
-def _checked_list(body: bytes) -> SetSubscriptions:
-    request = decode(SetSubscriptions, body)
-    if strong_etag(request.url, request.exact, request.globs) != request.etag:
-        raise RemoteProtocolError("the etag is not that of the list that came with it")
-    recoveries = {r for _, r in request.exact} | {r for _, r in request.globs}
-    if recoveries:  # an empty list removes what should never have been there
-        _check_urls(request.url, *recoveries)
-    return request
-
-
 def _etag(url: str, rows: Sequence[Subscription]) -> bytes:
     return strong_etag(
         url,
@@ -338,11 +344,17 @@ def _etag(url: str, rows: Sequence[Subscription]) -> bytes:
     )
 
 
-def _check_urls(url: str, *recoveries: str | None) -> None:
-    parse_target(url)
-    for recovery in recoveries:
-        if recovery is not None:
-            parse_target(recovery)
+_HOST = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>[0-9]{1,5}))?")
+
+
+def _own_listener(scope: Scope) -> list[tuple[str, int]]:
+    """Host and port at which a request came, as we see it and as its sender does."""
+    found = [(server[0], server[1])] if (server := scope.get("server")) and server[1] else []
+    default = 443 if scope["scheme"] == "https" else 80
+    for name, value in scope["headers"]:
+        if name == b"host" and (match := _HOST.fullmatch(value.decode("latin-1"))):
+            found.append((match["host"], int(match["port"] or default)))
+    return found
 
 
 async def _chunk(receive: Receive) -> tuple[bytes, bool]:

@@ -11,27 +11,28 @@ connection, and when that fails everything waiting for it fails with it; each co
 allows two more, up to the limit.
 
 Redirects are replies like any other, proxies and cookies do not exist, replies are neither decoded
-nor read beyond `MAX_REPLY`.
+nor read beyond `MAX_REPLY`. A connection goes to an address that `UrlPolicy` has judged.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
-import re
 import ssl
 from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from urllib.parse import quote
+from functools import partial
+from typing import TypeAlias
 
 import httptools
 
 from lonelypsp.spool import Body
-from lonelypss.config import BroadcasterConfig
+from lonelypss.config import BroadcasterConfig, ConfigError
+from lonelypss.resolver import Resolver
+from lonelypss.urlpolicy import Address, Target, UrlPolicy, UrlRefused
 
 log = logging.getLogger(__name__)
 
@@ -40,88 +41,11 @@ MAX_REPLY = 256 * 1024
 ONE_WRITE = 256 * 1024
 """Up to this many bytes, a body in memory goes out together with its head."""
 CHUNK = 256 * 1024
-CACHED_URL = 512
-"""Characters up to which a url is remembered once it was taken apart."""
+MOST_ADDRESSES = 4
+"""Of one host that are tried."""
 STOPPING = "the broadcaster is stopping"
 TICK = 0.1
 """Seconds between two looks at the clock: how exact timeouts are."""
-
-
-class UrlRefused(ValueError):
-    """A url that no message can be posted to; the text names the rule."""
-
-
-_URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?(?:#(?P<fragment>.*))?",
-    re.DOTALL,
-)
-_FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")
-_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a url leads, and the part of the request head that never changes for it."""
-
-    scheme: str
-    host: str
-    port: int
-    head: bytes
-
-    @property
-    def origin(self) -> tuple[str, str, int]:
-        return self.scheme, self.host, self.port
-
-
-def parse_target(url: str) -> Target:
-    """Takes a subscriber's url apart, strictly.
-
-    Raises:
-        UrlRefused: it is not http(s), or its host is not a name or address in its plain spelling,
-            or it holds a user name, spaces, control characters or backslashes.
-    """
-    return _cached(url) if len(url) <= CACHED_URL else _parse(url)
-
-
-def _parse(url: str) -> Target:
-    if _FORBIDDEN.search(url):
-        raise UrlRefused("a url has no spaces, control characters or backslashes")
-    match = _URL.fullmatch(url)
-    if match is None:
-        raise UrlRefused("must be http(s)://host[:port][/path][?query][#fragment]")
-    host, scheme = match["host"].lower(), match["scheme"]
-    _check_host(host)
-    default = 443 if scheme == "https" else 80
-    port = int(match["port"] or default)
-    if not 0 < port < 65536:
-        raise UrlRefused(f"port {port} is not between 1 and 65535")
-    path = quote((match["path"] or "/") + (match["query"] or ""), safe="/?%!$&'()*+,;=:@-._~[]|")
-    authority = host if port == default else f"{host}:{port}"
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: lonelypss\r\nAccept: */*\r\n"
-        "Content-Type: application/octet-stream\r\n"
-    )
-    if match["fragment"] is not None:
-        # a fragment is lost on the way otherwise; it tells subscribers on one listener apart
-        head += f"X-Subscription-Fragment: {quote(match['fragment'], safe='')}\r\n"
-    return Target(scheme, host, port, head.encode("ascii"))
-
-
-_cached = lru_cache(maxsize=65536)(_parse)
-
-
-def _check_host(host: str) -> None:
-    labels = host.split(".")
-    try:
-        if host.startswith("["):
-            ipaddress.IPv6Address(host[1:-1])
-        elif re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
-            ipaddress.IPv4Address(host)
-        elif len(host) > 253 or not all(_NAME.fullmatch(label) for label in labels):
-            raise UrlRefused(f"host {host!r} is not a host name")
-    except ipaddress.AddressValueError:
-        raise UrlRefused(f"host {host!r} is not an address in its plain spelling") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +61,57 @@ class Reply:
 def authorization_header(authorization: str | None) -> bytes:
     """The line of a head that carries an authorization, if there is one."""
     return b"" if authorization is None else f"Authorization: {authorization}\r\n".encode("latin-1")
+
+
+def tls_context(config: BroadcasterConfig) -> ssl.SSLContext:
+    """How to talk to https subscribers: verified, with TLS 1.2 or newer.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    try:
+        context = ssl.create_default_context(cafile=config.outgoing_ca_file)
+    except OSError as e:
+        raise ConfigError(f"outgoing_ca_file: {config.outgoing_ca_file}: {e}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if config.outgoing_client_cert is None:
+        if config.outgoing_client_key is not None:
+            raise ConfigError("outgoing_client_key needs outgoing_client_cert")
+    else:
+        try:
+            context.load_cert_chain(config.outgoing_client_cert, config.outgoing_client_key)
+        except OSError as e:
+            raise ConfigError(
+                f"outgoing_client_cert: {config.outgoing_client_cert}, outgoing_client_key:"
+                f" {config.outgoing_client_key}: {e}"
+            ) from None
+    return context
+
+
+def tls_failure(error: ssl.SSLError) -> str:
+    """What went wrong, and the setting that may help."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = f"the certificate is not to be trusted: {error.verify_message}"
+        if error.verify_code in _UNKNOWN_ISSUER:
+            text += "; outgoing_ca_file can name its authority"
+        return text
+    reason = error.reason or str(error)
+    hint = _TLS_HINTS.get(reason, "")
+    return f"TLS failed: {reason}{hint}"
+
+
+_BROKEN_OFF = (
+    "the subscriber broke off the TLS handshake; does it ask for outgoing_client_cert, or is it"
+    " older than TLS 1.2?"
+)
+_UNKNOWN_ISSUER = (18, 19, 20, 21)  # self-signed, alone or in the chain; issuer not found
+_TLS_HINTS = {
+    "UNSUPPORTED_PROTOCOL": "; at least TLS 1.2 is needed",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "; at least TLS 1.2 is needed",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "; outgoing_client_cert can name a certificate",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "; does it ask for outgoing_client_cert?",
+    "WRONG_VERSION_NUMBER": "; does the subscriber speak https on this port?",
+}
 
 
 class Post:
@@ -160,19 +135,39 @@ class Post:
         raise NotImplementedError
 
 
-class Sender:
-    """All connections of one broadcaster to its subscribers. Open it on a running loop."""
+Resolve: TypeAlias = Callable[[str], Awaitable[Sequence[Address]]]
+"""All addresses of a name, best first; raises OSError: there are none."""
 
-    def __init__(self, config: BroadcasterConfig) -> None:
+
+class Sender:
+    """All connections of one broadcaster to its subscribers. Open it on a running loop.
+
+    Args:
+        policy: where they may lead; by default what `config` says.
+        resolve: by default what the system says.
+
+    Raises:
+        ConfigError: a file that an option names cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: BroadcasterConfig,
+        policy: UrlPolicy | None = None,
+        resolve: Resolve | None = None,
+    ) -> None:
         self.config = config
+        self.policy = policy or UrlPolicy(config)
         self.connections = 0
-        self.ssl = ssl.create_default_context()
+        self.ssl = tls_context(config)
+        self._resolver = Resolver(config.outgoing_dns_threads)
+        self.resolve: Resolve = resolve or self._resolver
         self.idle: dict[_Connection, None] = {}
         """All idle connections, the longest idle one first."""
         self.starved: dict[_Host, None] = {}
         """Hosts that got no connection because there were too many, in order."""
         self.closed = True
-        self._hosts: dict[tuple[str, str, int], _Host] = {}
+        self._hosts: dict[tuple[str | int, ...], _Host] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -248,6 +243,7 @@ class Sender:
         for host in list(self._hosts.values()):
             host.close()
         await asyncio.gather(*connecting, return_exceptions=True)
+        await self._resolver.close()
         if self.connections:
             await self._none_left.wait()  # the loop is about to tell each that it is gone
         self._hosts.clear()
@@ -309,22 +305,18 @@ class _Host:
             task.add_done_callback(partial(self._attempted, connection))
 
     async def _connect(self, connection: _Connection) -> None:
-        secure = self.target.scheme == "https"
-        name = self.target.host.strip("[]")
         failure = ""
         try:
             async with asyncio.timeout(self.sender.config.outgoing_http_timeout_sock_connect):
-                await self.sender.loop.create_connection(
-                    lambda: connection,
-                    name,
-                    self.target.port,
-                    ssl=self.sender.ssl if secure else None,
-                    server_hostname=name if secure else None,
-                )
+                await self._open(connection)
         except TimeoutError:
             failure = "no connection within outgoing_http_timeout_sock_connect"
+        except UrlRefused as e:
+            failure = f"url refused: {e}"
+        except ssl.SSLError as e:
+            failure = f"cannot connect: {tls_failure(e)}"
         except Exception as e:  # noqa: BLE001 whatever it is, the deliveries must hear of it
-            failure = f"cannot connect: {e}"
+            failure = f"cannot connect: {str(e) or _BROKEN_OFF}"
         self._attempted(connection, asyncio.current_task())
         if not failure and connection.is_closing:
             failure = "the connection broke at once"
@@ -333,6 +325,45 @@ class _Host:
         else:
             self.free(connection)
         self.advance()
+
+    async def _open(self, connection: _Connection) -> None:
+        """Connects to one of the addresses that the host has, if they may be connected to.
+
+        Raises:
+            UrlRefused: none of them may.
+            OSError: none of them answers; ssl.SSLError: one does, and is not to be trusted.
+        """
+        sender, target = self.sender, self.target
+        if target.address is None:
+            found = await sender.resolve(target.host)
+            addresses = sender.policy.allowed(target, found, MOST_ADDRESSES)
+        else:
+            addresses = [target.address]  # was judged with its url
+        context = sender.ssl if target.scheme == "https" else None
+        name = target.host.strip("[]") if context else None
+        patience = sender.config.outgoing_http_timeout_sock_connect
+        error: OSError = OSError(f"{target.host} has no address")
+        for n, address in enumerate(addresses):
+            last = n == len(addresses) - 1
+            try:
+                # the last one gets all that is left
+                async with asyncio.timeout(
+                    None if last or patience is None else patience / len(addresses)
+                ):
+                    await sender.loop.create_connection(
+                        lambda: connection,
+                        str(address),
+                        target.port,
+                        ssl=context,
+                        server_hostname=name,
+                    )
+            except ssl.SSLError:
+                raise
+            except (OSError, TimeoutError) as e:
+                error = e
+            else:
+                return
+        raise error
 
     def _attempted(self, connection: _Connection, task: asyncio.Task[None] | None) -> None:
         if task in self.connecting:  # for a cancelled task that never ran, this is the only call
@@ -583,7 +614,12 @@ class _Connection(asyncio.Protocol):
         elif self.status and not self.delimited and exc is None:
             post.finish(Reply(self.status, b"".join(self.parts), "", self.retry_after))
         else:
-            post.finish(Reply(0, b"", f"the connection broke before the reply was there: {exc}"))
+            why: object = exc
+            if isinstance(exc, ssl.SSLError):
+                why = tls_failure(exc)
+            elif not self.used and self.host.target.scheme == "https":
+                why = _BROKEN_OFF  # in TLS 1.3 our side is done before the other has said yes
+            post.finish(Reply(0, b"", f"the connection broke before the reply was there: {why}"))
 
     def discard(self, reason: str = "") -> None:
         """Closes the connection at once and fails what is under way on it."""

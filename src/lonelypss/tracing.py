@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lonelypsp.tracecontext import NO_STEP, Step, passed_on
 from lonelypss.config import ConfigError
-from lonelypss.sender import UrlRefused, parse_target
+from lonelypss.urlpolicy import UrlRefused, parse_target
 
 if TYPE_CHECKING:
     from lonelypsp.otel import Recorded

@@ -39,6 +39,11 @@ def values(row: Option) -> list[tuple[str, Any, str]]:
     if row.name == "peer_url":
         urls = ("http://10.0.0.5:3003", "https://[::1]:{port}/a", "http://a/{port}")
         return [(url, url, f'"{url}"') for url in urls]
+    if row.name in ("url_allow", "url_deny"):
+        rules = ("10.0.0.0/8, a", "[fd00::/8]:443", "*:80-90")
+        return [(text, text, f'"{text}"') for text in rules]
+    if row.name == "url_denied_ports":
+        return [(text, text, f'"{text}"') for text in ("22", "1-79, 81", "")]
     kind = next(k for k in kinds(row) if k is not type(None))
     if issubclass(kind, StrEnum):
         return [(k.value, k, f'"{k.value}"') for k in (*kind, *kind)][1:4]
@@ -97,6 +102,10 @@ def bad_values(row: Option) -> list[tuple[str, str]]:
             "http://{x}",
         )
         return [(t, f'"{t}"') for t in bad_urls]
+    if row.name in ("url_allow", "url_deny"):
+        return [(text, f'"{text}"') for text in ("10.0.0.1/8", "h:", "h:0", "a b")]
+    if row.name == "url_denied_ports":
+        return [(text, f'"{text}"') for text in ("x", "0", "9-1", "70000")]
     if issubclass(kind, StrEnum):
         return [("", '""'), ("OBEY", '"OBEY"'), ("true", "true")]
     if kind is str:

@@ -26,7 +26,6 @@ from lonelypsp.etag import strong_etag
 from lonelypsp.signing import AuthConfig, Hmac, Token, to_sign
 from lonelypsp.signing import _code as hmac_code
 from lonelypsp.wire import HeadParser, decode, encode
-from lonelypss.sender import parse_target
 from lonelypss.store.base import Kind, StoreUnavailable
 
 from .harness import (
@@ -48,7 +47,7 @@ from .harness import (
     until,
     within,
 )
-from .test_sender import REFUSED_URLS
+from .test_urlpolicy import ALWAYS_DENIED, REFUSED_URLS, url_of
 
 # What the older implementation was observed to do
 
@@ -130,9 +129,10 @@ async def test_recorded_exchanges(auth: str, monkeypatch: pytest.MonkeyPatch) ->
 
     async with Subscriber(answer) as subscriber, broadcaster(make_auth) as running:
         here = f"127.0.0.1:{subscriber.port}"
+        policy = running.broadcaster.sender.policy
+        target = policy.target
         monkeypatch.setattr(
-            "lonelypss.fanout.parse_target",
-            lambda url: parse_target(url.replace("127.0.0.1:3002", here)),
+            policy, "target", lambda url: target(url.replace("127.0.0.1:3002", here))
         )
         for row in recorded_rows(auth):
             inputs, expected = row["inputs"], row["expected"]
@@ -431,11 +431,17 @@ async def test_bad_bodies_without_any_authorization() -> None:
         await assert_nothing_stored(running)
 
 
-async def test_refused_urls() -> None:
-    """S03, S09-S19, S30"""
+@pytest.mark.parametrize("rule", ["url-syntax", "url-policy"])
+async def test_refused_urls(rule: str) -> None:
+    """S03, S09-S19, S30, S31"""
     async with broadcaster() as running:
-        peer = running.peer
-        for url in REFUSED_URLS:
+        peer, here = running.peer, f"http://127.0.0.1:{running.port}"
+        urls = REFUSED_URLS
+        if rule == "url-policy":
+            urls = [url_of(address) for address in ALWAYS_DENIED]
+            urls += ["http://metadata.google.internal/", "http://h:6379/", f"{here}/v1/notify"]
+            urls += [f"{here}/v1/receive_for_websockets"]
+        for url in urls:
             requests = [peer.subscribe(url), peer.subscribe_glob(url, "*")]
             if url:  # an empty recovery url is none
                 requests += [
@@ -449,7 +455,7 @@ async def test_refused_urls() -> None:
                 response = await running.send(request)
                 assert response.status == 400, (url, request)
                 assert_short_text(response)
-                assert response.body.startswith(b"url-syntax: ")
+                assert response.body.startswith(f"{rule}: ".encode())
         await assert_nothing_stored(running)
 
 
