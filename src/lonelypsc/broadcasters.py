@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,7 +82,7 @@ class Broadcasters:
     def __init__(self, config: HttpPubSubConfig) -> None:
         self._config = config
         self._shuffler = BroadcastersShuffler(config.broadcasters)
-        self._pool = Pool(config, ssl.create_default_context)
+        self._pool = Pool(config, config.tls)
         self._targets: dict[str, Target] = {}
 
     async def close(self) -> None:

@@ -32,6 +32,7 @@ from lonelypsp.bodies import (
     ResponseConfirmReceive,
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
+from lonelypsp.guard import HttpLimits, patient
 from lonelypsp.spool import Body, Spool
 from lonelypsp.wire import SHA512_LENGTH, HeadParser, decode, encode
 
@@ -42,7 +43,8 @@ _OCTETS = b"application/octet-stream"
 _RETRY_SOON = (b"retry-after", b"1")
 _CLOSE = (b"connection", b"close")
 _DISK_PIECE = 512 * 1024
-_STALL = 60.0  # seconds without a byte of the body
+_LIMITS = HttpLimits()
+_TOO_SLOW = 408
 _MAX_MISSED = 2 * (2 + 65_535)
 _UNKNOWN_TOPIC = 410
 _AUTH_TEXT = {
@@ -104,13 +106,15 @@ class _Endpoint:
             await answer(send, 405, b"Method Not Allowed", (b"allow", b"POST"))
             return
         try:
+            receive = patient(scope, receive, _LIMITS, asyncio.timeout, time.monotonic)
             await self.handle(scope, receive, send)
         except _Disconnected:
             pass
         except _Refused as e:
             await answer(send, e.status, e.text, *e.headers)
         except RemoteProtocolError as e:
-            await answer(send, e.status, str(e).encode("utf-8", "replace"))
+            close = (_CLOSE,) if e.status == _TOO_SLOW else ()
+            await answer(send, e.status, str(e).encode("utf-8", "replace"), *close)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
@@ -262,8 +266,6 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         headers[name] = headers[name] + b"," + value if name in headers else value
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise _Refused(415, b"encoded bodies are not taken")
     return headers
 
 
@@ -301,17 +303,13 @@ def _decode_digest(value: bytes) -> bytes:
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    event = await receive()  # most requests are whole by now: no timer for these
+    event = await receive()
     while event["type"] != "http.disconnect":
         if chunk := event.get("body", b""):
             yield chunk
         if not event.get("more_body", False):
             return
-        try:
-            async with asyncio.timeout(_STALL):
-                event = await receive()
-        except TimeoutError:
-            raise _Refused(408, b"the body does not arrive", _CLOSE) from None
+        event = await receive()
     raise _Disconnected
 
 

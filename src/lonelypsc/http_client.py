@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from lonelypsc.broadcasters import Broadcasters, Request
 from lonelypsc.client import Hub, PubSubClient
-from lonelypsc.config.config import PORT_PLACEHOLDER, HttpPubSubConfig
+from lonelypsc.config.config import PORT_PLACEHOLDER, HttpPubSubConfig, listening_tls
 from lonelypsc.content import Content
 from lonelypsc.endpoints import ReceiveEndpoint, Receiver, RecoverEndpoint
 from lonelypsc.errors import PubSubError, PubSubRequestError
@@ -119,7 +119,13 @@ class HttpTransport:
             self._set_urls(self._config.host)
             return await _run_callback(bind["callback"](self._router()))
         routes: dict[str, Any] = {}
-        listener = Listener(bind["host"], bind["port"], PathApp(routes))
+        listener = Listener(
+            bind["host"],
+            bind["port"],
+            PathApp(routes),
+            limits=bind.get("limits"),
+            tls=listening_tls(bind),
+        )
         await listener.start()
         self._set_urls(self._config.host.replace(PORT_PLACEHOLDER, str(listener.port)))
         prefix = unquote(urlsplit(self._receiver.url).path).removesuffix("/v1/receive")

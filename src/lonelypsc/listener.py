@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from ssl import SSLContext
 from typing import Any
 
 from lonelypsc.errors import PubSubBindError
-from lonelypsp.onewrite import OneWrite
+from lonelypsp.guard import HttpLimits, guarded
 
 Scope = Any  # what starlette and uvicorn say, too
 Receive = Callable[[], Awaitable[Any]]
@@ -22,6 +23,7 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 _BACKLOG = 2048
 _GRACE = 5.0
 """Seconds that running requests get to finish when the listener stops."""
+_TLS_GOODBYE = 5.0
 
 
 class PathApp:
@@ -63,14 +65,28 @@ async def answer(
 class Listener:
     """Serves `app` on `host`:`port` between `start` and `stop`.
 
+    Args:
+        limits: what clients may ask for.
+        tls: of a server, for https.
+
     Attributes:
         port: the port that is listened on, also when 0 was asked for.
     """
 
-    def __init__(self, host: str, port: int, app: AsgiApp) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        app: AsgiApp,
+        *,
+        limits: HttpLimits | None = None,
+        tls: SSLContext | None = None,
+    ) -> None:
         self._host = host
         self.port = port
         self._app = app
+        self._limits = limits or HttpLimits()
+        self._tls = tls
         self._servers: list[asyncio.AbstractServer] = []
 
     async def start(self) -> None:
@@ -80,7 +96,9 @@ class Listener:
             PubSubBindError: the address is taken or not ours, or uvicorn is not installed.
         """
         try:
+            import httptools
             from uvicorn.config import Config
+            from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
             from uvicorn.server import ServerState
         except ImportError as e:
             raise PubSubBindError(
@@ -100,19 +118,23 @@ class Listener:
         self._state = ServerState()
 
         loop = asyncio.get_running_loop()
-        base: Any = config.http_protocol_class
-
-        class Protocol(base):  # type: ignore[misc]
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                super().connection_made(OneWrite(transport, loop.call_soon))
+        guarded_protocol = guarded(HttpToolsProtocol, httptools, self._limits)
 
         def protocol() -> Any:
-            made = Protocol(config=config, server_state=self._state, app_state={})
+            made = guarded_protocol(config=config, server_state=self._state, app_state={})
             made.access_log = False
             return made
 
         for sock in sockets:
-            self._servers.append(await loop.create_server(protocol, sock=sock, backlog=_BACKLOG))
+            server = await loop.create_server(
+                protocol,
+                sock=sock,
+                backlog=_BACKLOG,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else self._limits.head_timeout,
+                ssl_shutdown_timeout=None if self._tls is None else _TLS_GOODBYE,
+            )
+            self._servers.append(server)
 
     async def _bind(self) -> list[socket.socket]:
         sockets: list[socket.socket] = []

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from ssl import SSLContext, create_default_context
+from ssl import SSLContext
 from typing import Any, TypeAlias
 
 from lonelypsc.client import Hub, PubSubClient
@@ -144,7 +144,7 @@ class WebsocketTransport:
         self._confirming: dict[Key, asyncio.Future[None]] = {}
         self._reason = ""  # why all was given up
         self._attempts: tuple[Attempt, ...] = ()
-        self._tls: SSLContext | None = config.ssl_context
+        self._tls: SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.handing_over = asyncio.Lock()
         """Held by who awaits receivers of the program: messages stay in order when a connection
@@ -316,7 +316,7 @@ class WebsocketTransport:
         """A connection that the broadcaster has confirmed. Raises PubSubError, TimeoutError."""
         config, url = self.config, broadcaster["host"] + PATH
         if self._tls is None and url.startswith("wss:"):
-            self._tls = await asyncio.to_thread(create_default_context)
+            self._tls = await asyncio.to_thread(config.tls)
         async with asyncio.timeout(config.websocket_open_timeout):
             socket = await connect(
                 url,

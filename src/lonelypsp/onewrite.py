@@ -20,6 +20,9 @@ class OneWrite:
     Args:
         transport: the real one, an `asyncio.Transport`.
         call_soon: of the loop it belongs to.
+
+    Attributes:
+        written: bytes so far.
     """
 
     def __init__(self, transport: Any, call_soon: Callable[[Callable[[], None]], object]) -> None:
@@ -28,8 +31,10 @@ class OneWrite:
         self._held: list[bytes] = []
         self._size = 0
         self._scheduled = False
+        self.written = 0
 
     def write(self, data: bytes) -> None:
+        self.written += len(data)
         if len(data) > _JOINED:
             self._flush()
             self._transport.write(data)

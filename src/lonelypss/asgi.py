@@ -21,5 +21,7 @@ async def respond(
     ]
     if retry_after is not None:
         headers.append((b"retry-after", b"%d" % retry_after))
+    if status == 408:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

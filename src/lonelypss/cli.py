@@ -39,6 +39,8 @@ _GROUPS = (
     ("outgoing_max_ws_", "Websockets"),
     ("compression_", "Compression"),
     ("decompression_", "Compression"),
+    ("incoming_", "Listening"),
+    ("tls_", "Listening"),
     ("outgoing_", "Deliveries to subscribers"),
     ("missed_", "MISSED notices"),
     ("sweep_", "MISSED notices"),

@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from lonelypsp.guard import HttpLimits
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.urlpolicy import UrlPreset, parse_ports, parse_rules
 
@@ -109,6 +110,41 @@ class BroadcasterConfig:
         1024,
         "requests",
         "Messages being received or passed on at one time; above it 503 with Retry-After.",
+        least=1,
+    )
+    incoming_http_timeout_head: float = _option(
+        8.0,
+        "seconds",
+        "In which the head of a request must arrive, the first from the connection on; a second"
+        " later 408. This and the other incoming_ options but min_rate and rate_window: only under"
+        " `lonelypss serve`.",
+        least=0.01,
+    )
+    incoming_http_timeout_idle: float = _option(
+        25.0, "seconds", "Without a request, after which a connection is closed.", least=0.01
+    )
+    incoming_http_min_rate: int = _option(
+        1024,
+        "bytes per second",
+        "Slower than this, the body of a request is answered 408; who takes answers slower than"
+        " this is disconnected.",
+        least=1,
+    )
+    incoming_http_rate_window: float = _option(
+        20.0, "seconds", "Over which that rate is averaged.", least=0.01
+    )
+    incoming_http_max_head: int = _option(
+        16 * 1024,
+        "bytes",
+        "Largest head of a request, above it 431; half of it for the path alone, above it 414.",
+        least=1024,
+    )
+    incoming_connections: int = _option(
+        8192,
+        "connections",
+        "To one process, websockets not included, and at most half the files that it may open. One"
+        " more closes the one that waits longest for a request; if all are busy, it gets 503 with"
+        " Retry-After.",
         least=1,
     )
     outgoing_http_timeout_total: float | None = _option(
@@ -361,6 +397,17 @@ class BroadcasterConfig:
             raise ConfigError(
                 "missed_expo_base is too large: the last pause before a MISSED notice is no number"
             ) from None
+
+    @property
+    def http_limits(self) -> HttpLimits:
+        return HttpLimits(
+            head_timeout=self.incoming_http_timeout_head,
+            idle_timeout=self.incoming_http_timeout_idle,
+            min_rate=self.incoming_http_min_rate,
+            rate_window=self.incoming_http_rate_window,
+            max_head=self.incoming_http_max_head,
+            max_connections=self.incoming_connections,
+        )
 
     def missed_delay(self, attempt: int) -> float | None:
         """Seconds to wait before attempt number `attempt` (0 = first); None: give up."""

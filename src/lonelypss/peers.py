@@ -340,8 +340,8 @@ class Peers:
         self.tracing = tracing
         self.clock = clock
         self.table: Mapping[str, ASGIApp] = {
-            RECEIVE: _Endpoint(self._receive),
-            MISSED: _Endpoint(self._missed),
+            RECEIVE: _Endpoint(self._receive, config),
+            MISSED: _Endpoint(self._missed, config),
         }
         self._running = AsyncExitStack()
         _check_url(peer_url(config, 1))
@@ -488,8 +488,8 @@ class _Stale(Exception):
 class _Endpoint:
     """A route that can also answer "unsubscribe"."""
 
-    def __init__(self, handler: Callable[[Scope, Receive], Any]) -> None:
-        self._route = Route(handler)
+    def __init__(self, handler: Callable[[Scope, Receive], Any], config: BroadcasterConfig) -> None:
+        self._route = Route(handler, config.http_limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -566,7 +566,7 @@ async def _listening(peers: Peers) -> AsyncIterator[int]:
     try:
         import uvicorn
 
-        from lonelypss.server import _Protocol
+        from lonelypss.server import http_protocol
     except ImportError as e:
         raise ConfigError(
             f"{e}: websockets of several processes on one database need"
@@ -582,7 +582,7 @@ async def _listening(peers: Peers) -> AsyncIterator[int]:
     with sock:
         config = uvicorn.Config(
             _table_app(peers.table),
-            http=_Protocol,
+            http=http_protocol(peers.config),
             ws="none",
             lifespan="off",
             interface="asgi3",

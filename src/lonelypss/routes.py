@@ -35,6 +35,7 @@ from lonelypsp.bodies import (
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
 from lonelypsp.explain import REQUEST_HEADER
+from lonelypsp.guard import HttpLimits, patient
 from lonelypsp.replay import Code
 from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
@@ -74,9 +75,11 @@ class Route:
     def __init__(
         self,
         handler: Callable[[Scope, Receive], Awaitable[bytes]],
+        limits: HttpLimits,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self._handler = handler
+        self._limits = limits
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,6 +91,7 @@ class Route:
             return
         status, started = 200, time.monotonic()
         try:
+            receive = patient(scope, receive, self._limits, asyncio.timeout, time.monotonic)
             body = await self._handler(scope, receive)
         except Disconnected:
             status = 499
@@ -163,7 +167,7 @@ class Routes:
         self.metrics = metrics
         self.tracing = tracing
         self.table: Mapping[str, ASGIApp] = {
-            path: Route(handler, metrics) for path, handler in handlers.items()
+            path: Route(handler, config.http_limits, metrics) for path, handler in handlers.items()
         }
 
     async def subscribe_exact(self, scope: Scope, receive: Receive) -> bytes:

@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 import websockets.frames
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -27,7 +29,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.protocol import State
 
 from lonelypsp.frames import Cutter, Mask, framed
-from lonelypsp.onewrite import OneWrite
+from lonelypsp.guard import guarded, tls_extension
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
@@ -134,9 +136,14 @@ def serve(
             sock.close()
 
 
-class _Protocol(HttpToolsProtocol):
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(OneWrite(transport, self.loop.call_soon))  # type: ignore[arg-type]
+def http_protocol(config: BroadcasterConfig) -> Any:
+    """The protocol class for one listener of this process."""
+    limits = config.http_limits
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files != resource.RLIM_INFINITY:
+        most = max(1, min(limits.max_connections, files // 2))
+        limits = replace(limits, max_connections=most)
+    return guarded(HttpToolsProtocol, httptools, limits)
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
@@ -158,6 +165,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
         if self.response.status_code == 101:
             extensions: dict[str, Any] = self.scope["extensions"]
             extensions[BURST] = self
+            extensions.update(tls_extension(self.transport))
 
     def data_received(self, data: bytes) -> None:
         burst = self._burst
@@ -286,7 +294,7 @@ def _run(
     app = settings.app()
     config = uvicorn.Config(
         app,
-        http=_Protocol,
+        http=http_protocol(settings.config),
         interface="asgi3",
         lifespan="on",
         ws=_WebSocket,

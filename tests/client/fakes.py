@@ -266,12 +266,14 @@ class _Answered(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def broadcaster(kind: str = "hmac", **fields: Any) -> AsyncIterator[Broadcaster]:
-    """A running fake broadcaster."""
+async def broadcaster(
+    kind: str = "hmac", *, tls: Any = None, **fields: Any
+) -> AsyncIterator[Broadcaster]:
+    """A running fake broadcaster; `tls` is the context of a server, for https."""
     fake = Broadcaster(auth(kind), **fields)
-    listener = Listener("127.0.0.1", 0, fake)
+    listener = Listener("127.0.0.1", 0, fake, tls=tls)
     await listener.start()
-    fake.url = f"http://127.0.0.1:{listener.port}"
+    fake.url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.port}"
     try:
         yield fake
     finally:

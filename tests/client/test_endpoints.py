@@ -22,8 +22,10 @@ from lonelypsc import endpoints
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.listener import Listener
 from lonelypsp.bodies import ResponseConfirmMissed
+from lonelypsp.guard import HttpLimits
 from lonelypsp.spool import Spool
 from lonelypsp.wire import decode
+from servers import serve
 
 DROP = b"\x00\x0a"
 GOOD = base64.b64encode(hashlib.sha512(b"data").digest())
@@ -398,19 +400,45 @@ async def test_sender_that_goes_away_leaves_nothing() -> None:
         assert await fake.deliver(url, b"t", b"data") == 1
 
 
-async def test_sender_that_stalls_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "_STALL", 0.02)
-    async with subscribed("none") as (_fake, _messages, url):
-        port = int(url.rpartition(":")[2].partition("/")[0])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(
-            b"POST /v1/receive HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
-            b"Repr-Digest: sha-512=" + GOOD + b"\r\n\r\n\0\0"
-        )
-        async with asyncio.timeout(5):
-            assert (await reader.read()).startswith(b"HTTP/1.1 408")
-        writer.close()
-        await writer.wait_closed()
+STALLED = (
+    b"POST /v1/receive HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+    b"Repr-Digest: sha-512=" + GOOD + b"\r\n\r\n\0\0"
+)
+
+
+async def is_cut_off(url: str) -> None:
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(STALLED)
+    async with asyncio.timeout(5):
+        assert (await reader.read()).startswith(b"HTTP/1.1 408")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_sender_that_stalls_is_cut_off() -> None:
+    bind = {"type": "uvicorn", "host": "127.0.0.1", "port": 0}
+    limits = HttpLimits(rate_window=0.1)
+    async with subscribed("none", bind={**bind, "limits": limits}) as (_fake, _messages, url):
+        await is_cut_off(url)
+
+
+async def test_sender_that_stalls_is_cut_off_under_another_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endpoints, "_LIMITS", HttpLimits(rate_window=0.1))
+    app = FastAPI()
+
+    async def include(router: APIRouter) -> None:
+        app.include_router(router)
+
+    async with serve(app) as url:
+        bind = {"type": "manual", "callback": include}
+        async with subscribed("none", bind=bind, host=url) as (fake, messages, receive):
+            await is_cut_off(receive)
+            await fake.deliver(receive, b"t", b"data", headers={"Content-Encoding": "gzip"})
+            assert fake.deliveries[0].status == 415
+            await nothing_waits(messages)
 
 
 async def test_what_was_just_dropped_is_checked_when_it_is_wanted_again() -> None:

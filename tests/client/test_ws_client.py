@@ -188,7 +188,7 @@ async def test_without_the_package_entering_fails(monkeypatch: pytest.MonkeyPatc
         await client.__aenter__()
 
 
-async def test_tls_with_an_own_authority() -> None:
+async def test_tls_with_an_own_authority(tmp_path: Path) -> None:
     authority = trustme.CA()
     there = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(there)
@@ -196,6 +196,9 @@ async def test_tls_with_an_own_authority() -> None:
         trusting = ssl.create_default_context()
         authority.configure_trust(trusting)
         async with make(server.url, ssl_context=trusting) as client:
+            assert (await client.notify(topic=b"t", data=b"x")).notified == 1
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        async with make(server.url, tls_ca_file=str(tmp_path / "ca.pem")) as client:
             assert (await client.notify(topic=b"t", data=b"x")).notified == 1
         async with make(server.url) as client:
             with pytest.raises(PubSubRequestConnectionAbandonedError, match="certificate"):

@@ -7,9 +7,12 @@ import random
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict
+from ssl import SSLContext
+from typing import TYPE_CHECKING, Literal, NotRequired, Required, TypeAlias, TypedDict
 from urllib.parse import SplitResult, urlsplit
 
+from lonelypsc import tls
+from lonelypsp.guard import HttpLimits
 from lonelypsp.signing import AuthConfig
 from lonelypsp.spool import DEFAULT_MEMORY_LIMIT
 
@@ -26,11 +29,19 @@ class HttpPubSubBindUvicornConfig(TypedDict):
 
     `host`: the address to listen on. `port`: TCP port; 0 takes a free one, which replaces
     `{port}` in the config's `host`.
+
+    `tls_cert`, `tls_key`: PEM files, for https; the key may be in the file of the certificate.
+    `tls_client_ca`: PEM file; who connects needs a certificate that one of those in it has signed.
+    `limits`: how large and how slow requests may be.
     """
 
     type: Literal["uvicorn"]
     host: str
     port: int
+    tls_cert: NotRequired[str | None]
+    tls_key: NotRequired[str | None]
+    tls_client_ca: NotRequired[str | None]
+    limits: NotRequired[HttpLimits]
 
 
 HttpPubSubBindManualCallback: TypeAlias = "Callable[[APIRouter], Awaitable[None]]"
@@ -116,6 +127,10 @@ class HttpPubSubConfig:
         max_receive_body: bytes; a longer message is answered 413; default None, no limit.
         outgoing_http_min_rate: bytes per second, see `outgoing_http_timeout_total`; default 1 MiB.
         spool_directory: where large messages are received; default: the system's temporary one.
+        tls_ca_file: PEM file with the certificates to trust for https:// broadcasters, instead of
+            the system's; default None.
+        tls_client_cert: PEM file with the certificate to show them; default None.
+        tls_client_key: PEM file with its key; default None: it is in the same file.
 
     Raises:
         ValueError: a setting cannot work; the message names it.
@@ -140,6 +155,9 @@ class HttpPubSubConfig:
     max_receive_body: int | None = None
     outgoing_http_min_rate: float = 1024 * 1024
     spool_directory: str | None = None
+    tls_ca_file: str | None = None
+    tls_client_cert: str | None = None
+    tls_client_key: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", _normal_host(self.host))
@@ -167,6 +185,12 @@ class HttpPubSubConfig:
                 positive(key, getattr(self, key), "seconds, or None for no limit")
         positive("resubscribe_interval", self.resubscribe_interval, "seconds")
         positive("outgoing_http_min_rate", self.outgoing_http_min_rate, "bytes per second")
+        if (self.tls_ca_file, self.tls_client_cert, self.tls_client_key) != (None, None, None):
+            self.tls()
+
+    def tls(self) -> SSLContext:
+        """For connections to broadcasters; reads the files afresh."""
+        return tls.connecting(self.tls_ca_file, self.tls_client_cert, self.tls_client_key)
 
 
 make_http_pub_sub_config = HttpPubSubConfig
@@ -253,6 +277,14 @@ def _check_bind(bind: HttpPubSubBind) -> None:
         raise ValueError("bind: host must be the address to listen on, e.g. '0.0.0.0'")  # noqa: TRY004
     if not (isinstance(bind.get("port"), int) and 0 <= bind["port"] <= 65_535):
         raise ValueError(f"bind: port {bind.get('port')!r} is not between 0 and 65535")
+    listening_tls(bind)
+    if not isinstance(bind.get("limits", HttpLimits()), HttpLimits):
+        raise ValueError("bind: limits must be an HttpLimits")  # noqa: TRY004
+
+
+def listening_tls(bind: HttpPubSubBindUvicornConfig) -> SSLContext | None:
+    """For the listener of `bind`; reads the files afresh."""
+    return tls.listening(bind.get("tls_cert"), bind.get("tls_key"), bind.get("tls_client_ca"))
 
 
 def check_auth(auth: AuthConfig) -> None:

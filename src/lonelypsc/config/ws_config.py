@@ -8,6 +8,7 @@ from ssl import SSLContext
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from lonelypsc import tls
 from lonelypsc.config.config import (
     PubSubBroadcasterConfig,
     at_least,
@@ -81,7 +82,11 @@ class WebsocketPubSubConfig:
         receive_buffer_messages: messages one subscription holds for the program; what comes on
             top is dropped, and `on_receiving` runs before the next one; default 1000.
         receive_buffer_bytes: bytes it holds; a message always fits an empty buffer; default 64 MiB.
-        ssl_context: for wss://; default: the system's certificates.
+        ssl_context: for wss://, instead of the three settings that follow; default None.
+        tls_ca_file: PEM file with the certificates to trust for wss://, instead of the system's;
+            default None.
+        tls_client_cert: PEM file with the certificate to show the broadcaster; default None.
+        tls_client_key: PEM file with its key; default None: it is in the same file.
         tracing: True, or a `TracerProvider` of OpenTelemetry: spans of messages go to the global
             provider or to this one (docs/how-to/observe.md); default None.
 
@@ -118,6 +123,9 @@ class WebsocketPubSubConfig:
     receive_buffer_messages: int = 1000
     receive_buffer_bytes: int = 64 * MIB
     ssl_context: SSLContext | None = None
+    tls_ca_file: str | None = None
+    tls_client_cert: str | None = None
+    tls_client_key: str | None = None
     tracing: object = None
 
     def __post_init__(self) -> None:
@@ -150,6 +158,10 @@ class WebsocketPubSubConfig:
         for name in ("websocket_open_timeout", "websocket_close_timeout"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name), "seconds, or None for no limit")
+        if (self.tls_ca_file, self.tls_client_cert, self.tls_client_key) != (None, None, None):
+            if self.ssl_context is not None:
+                raise ValueError("ssl_context: give it, or tls_ca_file and tls_client_*, not both")
+            self.tls()
         wish = self.initial_compression_dict_id
         if wish is not None and wish not in self.compression_dictionary_by_id:
             raise ValueError(
@@ -162,6 +174,12 @@ class WebsocketPubSubConfig:
                 raise ValueError(
                     f"compression_dictionary_by_id: give (dictionary, level) for id {id}"
                 )
+
+    def tls(self) -> SSLContext:
+        """For connections to broadcasters; reads the files afresh."""
+        if self.ssl_context is not None:
+            return self.ssl_context
+        return tls.connecting(self.tls_ca_file, self.tls_client_cert, self.tls_client_key)
 
     @property
     def presets(self) -> dict[int, bytes]:

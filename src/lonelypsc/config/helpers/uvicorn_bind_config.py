@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from lonelypsc.config.config import HttpPubSubBindManualConfig, HttpPubSubBindUvicornConfig
+from lonelypsc.config.config import (
+    HttpPubSubBindManualConfig,
+    HttpPubSubBindUvicornConfig,
+    listening_tls,
+)
 from lonelypsc.listener import Listener
 
 if TYPE_CHECKING:
@@ -20,7 +24,14 @@ class BindWithUvicornCallback:
 
     async def __call__(self, router: APIRouter) -> None:
         router.redirect_slashes = False
-        listener = Listener(self._settings["host"], self._settings["port"], router)
+        settings = self._settings
+        listener = Listener(
+            settings["host"],
+            settings["port"],
+            router,
+            limits=settings.get("limits"),
+            tls=listening_tls(settings),
+        )
         await listener.start()
         try:
             await asyncio.Event().wait()
