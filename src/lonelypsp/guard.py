@@ -53,8 +53,9 @@ class HttpLimits:
     Attributes:
         head_timeout: seconds for a whole head, the first counted from the connection on.
         idle_timeout: seconds between two requests.
-        min_rate: bytes per second of a body, and of answers that the client has yet to take.
-        rate_window: seconds over which that is averaged.
+        min_rate: bytes per second of a body.
+        rate_window: seconds over which that is averaged, and in which a client must take something
+            of the answers that wait for it.
         max_head: bytes of a head; half of it for the target alone.
         max_connections: one more closes the one that waits longest for a request; if all are busy,
             it is answered 503.
@@ -283,12 +284,19 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
                     raise _Refused(400, "Transfer-Encoding in HTTP/1.0")
             if self.hosts != 1 and (version == "1.1" or self.hosts):
                 raise _Refused(400, f"{self.hosts} Host headers, not 1")
-            if self.parser.should_upgrade() and self._is_busy():
-                raise _Refused(400, "an upgrade before earlier requests were answered")
+            if self.parser.should_upgrade():
+                self._judge_upgrade()
             self.in_head = False
             self.heads += 1
             self.body_from, self.body_bytes = self.received - self.chunk, 0
             super().on_headers_complete()
+
+        def _judge_upgrade(self) -> None:
+            lengths = (v for n, v in self.headers if n == b"content-length")
+            if self.is_chunked or any(v != b"0" for v in lengths):
+                raise _Refused(400, "an Upgrade with a body")  # the parser would leave it out
+            if self._is_busy():
+                raise _Refused(400, "an Upgrade before earlier requests were answered")
 
         def on_body(self, body: bytes) -> None:
             self.body_bytes += len(body)
@@ -370,9 +378,7 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
             if self._should_upgrade():
                 guard.remove(self)
                 self.handle_websocket_upgrade()
-            elif self.cycle.more_body:  # the parser leaves it to the other protocol
-                self._refuse(_Refused(400, "the only Upgrade is that to a websocket"))
-            else:
+            else:  # what follows is in a protocol that we do not speak
                 self.cycle.keep_alive = False
 
         # called by the guard
@@ -424,13 +430,11 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
 
         def _look_at_answers(self, now: float, pending: int) -> None:
             taken = self.transport.written - pending
-            if self.stalled is None:
+            if self.stalled is None or self.stalled[1] != taken:
                 self.stalled = (now, taken)
             elif now - self.stalled[0] > limits.rate_window:
-                if taken - self.stalled[1] < limits.min_rate * limits.rate_window:
-                    guard.ended["did not read their answers"] += 1
-                    self.transport.abort()
-                self.stalled = (now, taken)
+                guard.ended["did not read their answers"] += 1
+                self.transport.abort()
 
         def end(self, why: str) -> None:
             """Closes a connection that waits for a request."""

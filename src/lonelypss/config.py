@@ -126,12 +126,15 @@ class BroadcasterConfig:
     incoming_http_min_rate: int = _option(
         1024,
         "bytes per second",
-        "Slower than this, the body of a request is answered 408; who takes answers slower than"
-        " this is disconnected.",
+        "Slower than this, the body of a request is answered 408.",
         least=1,
     )
     incoming_http_rate_window: float = _option(
-        20.0, "seconds", "Over which that rate is averaged.", least=0.01
+        20.0,
+        "seconds",
+        "Over which that rate is averaged. Who takes nothing of the answers that wait for it for so"
+        " long is disconnected.",
+        least=0.01,
     )
     incoming_http_max_head: int = _option(
         16 * 1024,

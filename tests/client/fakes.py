@@ -232,8 +232,8 @@ class Broadcaster:
     async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Delivery:
         """The headers go out as they are, also where no client library would send them."""
         parts = urlsplit(url)
-        head = [f"POST {quote(parts.path, safe='/%')} HTTP/1.1", f"Host: {parts.netloc}"]
-        head += [f"{name}: {value}" for name, value in headers.items()]
+        head = [f"POST {quote(parts.path, safe='/%')} HTTP/1.1"]
+        head += [f"{n}: {v}" for n, v in ({"Host": parts.netloc} | headers).items()]
         text = "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""])
         loop = asyncio.get_running_loop()
         transport, answered = await loop.create_connection(_Answered, parts.hostname, parts.port)
