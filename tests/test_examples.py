@@ -184,6 +184,35 @@ def test_embed_broadcaster(directory: Path) -> None:
             assert listener.process.wait(40) == 0
 
 
+def test_bridges_back_to_back(directory: Path) -> None:
+    """Two, in a ring. Each message is passed on as often as `max_hops` allows, and then refused."""
+    (there := directory / "there").mkdir()
+    for name in ("broadcaster-secrets.json", "subscriber-secrets.json"):
+        (there / name).write_bytes((directory / name).read_bytes())
+        (there / name).chmod(0o600)
+    text = (EXAMPLES / "bridge.py").read_text()
+    (directory / "bridge.py").write_text(text)
+    with broadcaster(directory) as (_, near), broadcaster(there) as (_, far):
+        forth = [sys.executable, "-W", "error", "bridge.py", near, far, "shared/**"]
+        back = [sys.executable, "-W", "error", "bridge.py", far, near, "shared/**"]
+        listen = ["lonelypsc", "listen", "--glob=**", "--json", f"--broadcaster={near}"]
+        with (
+            started(forth, directory) as first,
+            started(back, directory) as second,
+            started([sys.executable, "-m", *listen], directory) as listener,
+        ):
+            first.line("Passing on")
+            second.line("Passing on")
+            listener.event("listening")
+            assert notify(directory, near, "shared/a", "x") == 2
+            # near 0 -> far 1 -> near 2 -> far 3 -> near refuses 4
+            assert [listener.event("message")["topic"] for _ in range(2)] == ["shared/a"] * 2
+            second.line("Not passed on")
+            second.line("508.*max_hops")
+            assert notify(directory, near, "end", "x") == 1
+            assert listener.event("message")["topic"] == "end"
+
+
 def test_every_example_is_run() -> None:
     source = Path(__file__).read_text()
     names = {path.name for path in EXAMPLES.glob("*.py")}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lonelypsp import session as s
 from lonelypsp.bodies import smallest_trace
 from lonelypsp.session import COUNTS_PARTS
-from lonelypsp.tracecontext import MAX_TRACESTATE, decode, encode, passed_on
+from lonelypsp.tracecontext import MAX_TRACESTATE, decode, encode, forwarded, hops, passed_on
 from sessions import AUTHS, NOW, SMALL, OlderBroadcaster, OlderSubscriber, Pair, parts, plain
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -148,3 +148,59 @@ def test_it_needs_room_in_a_frame() -> None:
     body = b"x" * (2000 - s.HEAD_ALLOWANCE - 1 - 4)
     assert session.one_frame(plain(body))
     assert not session.one_frame(dataclasses.replace(plain(body), tracing=b"x"))
+
+
+# Hops
+
+
+@pytest.mark.parametrize(
+    ("tracestate", "expected"),
+    [
+        ("lonelyps=hops:0", 0),
+        ("lonelyps=hops:7", 7),
+        ("a=1, lonelyps=hops:12 ,b=2", 12),
+        ("a=1,lonelyps=hops:999", 999),
+        ("lonelyps=hops:1000", 0),
+        ("lonelyps=hops:", 0),
+        ("lonelyps=hops:-1", 0),
+        ("xlonelyps=hops:3", 0),
+        ("lonelyps=hops:3x", 0),
+        ("a=1", 0),
+    ],
+)
+def test_hops(tracestate: str, expected: int) -> None:
+    assert hops(f"{PARENT}\n{tracestate}".encode()) == expected
+
+
+@pytest.mark.parametrize("tracing", NO_CONTEXTS)
+def test_no_hops_in_anything_else(tracing: bytes) -> None:
+    assert hops(tracing) == 0
+
+
+@pytest.mark.parametrize("received", [b"", smallest_trace(1, 2), *CONTEXTS])
+def test_each_time_one_more(received: bytes) -> None:
+    tracing = received
+    for expected in range(1, 5):
+        tracing = forwarded(tracing)
+        assert hops(tracing) == expected
+        assert passed_on(tracing) == tracing
+    if before := decode(received):
+        after = decode(tracing)
+        assert after["traceparent"] == before["traceparent"]
+        assert after["tracestate"].removeprefix("lonelyps=hops:4").lstrip(",") == before.get(
+            "tracestate", ""
+        )
+
+
+def test_an_own_step_counts() -> None:
+    own = f"00-{TRACE}-{'c' * 16}-01".encode()
+    sent = forwarded(forwarded(PARENT.encode()), own)
+    assert decode(sent)["traceparent"] == own.decode()
+    assert hops(sent) == 2
+
+
+def test_a_long_state_makes_room() -> None:
+    full = f"{PARENT}\n{','.join(f'k{n}={n:08}' for n in range(40))}"[: 56 + MAX_TRACESTATE]
+    sent = forwarded(full.encode())
+    assert hops(sent) == 1
+    assert passed_on(sent) == sent

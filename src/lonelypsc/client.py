@@ -329,6 +329,7 @@ class PubSubClient:
         sha512: bytes | None = None,
         progress: Progress | None = None,
         explain: bool = False,
+        forwarding: PubSubClientMessage | PubSubClientMessageWithCleanup | None = None,
         trace_initializer: object = None,
     ) -> PubSubNotifyResult:
         """Sends a message to all subscribers of `topic`.
@@ -342,6 +343,8 @@ class PubSubClient:
             sha512: the message's hash (64 bytes) if it is known; then nothing is hashed.
             progress: called with (bytes sent, bytes in all), from 0 again when a try failed.
             explain: ask what became of the message at each subscriber.
+            forwarding: the message that this one passes on, from another broadcaster; lets
+                broadcasters stop what goes round in circles.
             trace_initializer: accepted for older callers and ignored.
 
         Raises:
@@ -356,9 +359,10 @@ class PubSubClient:
         )
         await content.prepare()
         with self._tracing.notify(topic, content.length) as step:
-            notified, explanation = await self._transport.notify(
-                topic, content, explain, step.tracing
-            )
+            tracing = step.tracing
+            if forwarding is not None:
+                tracing = tracecontext.forwarded(forwarding.tracing, tracing)
+            notified, explanation = await self._transport.notify(topic, content, explain, tracing)
             step.answered(notified)
         return PubSubNotifyResult(notified, explanation)
 

@@ -7,6 +7,7 @@ what the older broadcaster answers, says nothing about a trace.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from types import TracebackType
@@ -19,6 +20,9 @@ _TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[
 _TRACESTATE = rf"[\x20-\x7e]{{1,{MAX_TRACESTATE}}}"
 _parent = re.compile(_TRACEPARENT)
 _state = re.compile(_TRACESTATE)
+_HOPS = "lonelyps=hops:"  # a member of tracestate
+_MOST_HOPS = 999
+_hops = re.compile(rf"(?:^|,) *{_HOPS}([0-9]{{1,3}}) *(?:,|$)")
 _context = re.compile(rf"({_TRACEPARENT})(?:\n({_TRACESTATE}))?".encode())
 
 
@@ -50,6 +54,31 @@ def passed_on(tracing: bytes) -> bytes:
     Anything else was meant for us alone.
     """
     return tracing if _context.fullmatch(tracing) else b""
+
+
+def hops(tracing: bytes) -> int:
+    """How often the message was forwarded to a broadcaster, as its forwarders say; else 0."""
+    found = _hops.search(decode(tracing).get("tracestate", ""))
+    return int(found[1]) if found else 0
+
+
+def forwarded(received: bytes, sent: bytes = b"") -> bytes:
+    """What goes with a message that is forwarded: its trace, and one hop more.
+
+    Args:
+        received: what came with it.
+        sent: what would go with it as a message of one's own; it counts if it is of a trace.
+    """
+    carrier = decode(sent) or decode(received)
+    if not carrier:  # of no trace: one that nobody records
+        carrier = {"traceparent": f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-00"}
+    others = [m for m in carrier.get("tracestate", "").split(",") if m and not _hops.search(m)]
+    state = f"{_HOPS}{min(hops(received) + 1, _MOST_HOPS)}"
+    for member in others:
+        if len(state) + 1 + len(member) > MAX_TRACESTATE:
+            break
+        state += f",{member}"
+    return encode({**carrier, "tracestate": state})
 
 
 class Step:

@@ -150,6 +150,14 @@ class BroadcasterConfig:
         " Retry-After.",
         least=1,
     )
+    max_hops: int = _option(
+        3,
+        "hops",
+        "How often a message may have been forwarded from broadcaster to broadcaster, by programs"
+        " that say so. One more, and it is going round in circles: 508, or over a websocket an"
+        " answer that counts nobody.",
+        least=0,
+    )
     outgoing_http_timeout_total: float | None = _option(
         30.0,
         "seconds",

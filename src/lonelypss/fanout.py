@@ -21,6 +21,7 @@ from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.explain import DELIVERED, ExplainedSubscriber, Explanation, pack
 from lonelypsp.replay import Code
 from lonelypsp.spool import Body
+from lonelypsp.tracecontext import hops
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
 from lonelypss.metrics import NO_METRICS, Metrics
@@ -167,6 +168,14 @@ class Fanout:
         if urls:
             count += await self.post(topic, body, urls, report, step)
         return min(count, MAX_COUNT)
+
+    def is_loop(self, topic: bytes, tracing: bytes) -> bool:
+        """Whether a message goes round in circles, to be delivered to nobody; counted if so."""
+        if not tracing or hops(tracing) <= self.config.max_hops:
+            return False
+        log.warning("refused a message on %r: forwarded too often (max_hops)", topic)
+        self.metrics.looped()
+        return True
 
     async def match(
         self, topic: bytes, since: float = math.inf, codes: Sequence[Code] = ()

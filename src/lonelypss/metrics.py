@@ -61,6 +61,9 @@ class Metrics:
     def notice(self, outcome: str, number: int = 1) -> None:
         """MISSED notices were recorded, confirmed, retried or given_up."""
 
+    def looped(self) -> None:
+        """A message was refused because it goes round in circles."""
+
     def sample(self, values: Mapping[str, float]) -> None:
         """The present values of `GAUGES`."""
 
@@ -115,6 +118,7 @@ class PrometheusMetrics(Metrics):
         self._notices = counter(
             "missed_notices", "MISSED notices by what became of them.", "outcome"
         )
+        self._loops = counter("loops", "Messages refused because of max_hops.")
         for outcome in ("recorded", "confirmed", "retried", "given_up"):
             self._notices.labels(outcome)  # from 0 on: the first one counts in an increase()
         self._gauges = {
@@ -146,6 +150,9 @@ class PrometheusMetrics(Metrics):
 
     def notice(self, outcome: str, number: int = 1) -> None:
         self._notices.labels(outcome).inc(number)
+
+    def looped(self) -> None:
+        self._loops.inc()
 
     def sample(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

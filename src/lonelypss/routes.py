@@ -259,6 +259,8 @@ class Routes:
             head, rest, more = await _notify_head(receive)
             signed = {"topic": head.topic, "identifier": head.identifier, "sha512": head.sha512}
             codes = self._check(scope, head.tracing, signed)
+            if self.fanout.is_loop(head.topic, head.tracing):
+                raise Refused(508, "this message was forwarded too often (max_hops): a loop")
             with (
                 self.tracing.notify("http", head.topic, head.length, head.tracing) as step,
                 closing(await self._message(head, rest, more, receive)) as body,

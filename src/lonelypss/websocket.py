@@ -551,6 +551,9 @@ class Connection:
             return False
         if self.hub.fanout.urls_known(topic, came) != {}:
             return False
+        if self.hub.fanout.is_loop(topic, event.head.tracing):
+            self._answer(event)
+            return True
         body = Body(bytes(event.body), None, len(event.body), event.head.sha512)
         with self._step(event) as step:
             count = self.hub.deliver_later(topic, body, step)
@@ -570,6 +573,10 @@ class Connection:
         """Any message: to our own websockets at once, then to everybody else."""
         fanout, topic = self.hub.fanout, event.head.topic
         body = await self._body(event)
+        if fanout.is_loop(topic, event.head.tracing):
+            self._answer(event, 0, body.sha512)
+            body.close()
+            return
         step = self._step(event)
         try:
             urls = await fanout.match(topic, came, codes)

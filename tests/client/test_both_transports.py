@@ -23,6 +23,7 @@ from lonelypsc.errors import (
     PubSubError,
     PubSubRequestConnectionAbandonedError,
     PubSubRequestError,
+    PubSubRequestRefusedError,
 )
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.ws_client import WebsocketPubSubClient
@@ -113,6 +114,28 @@ async def test_explained(transport: str, tmp_path: Path, allowed: bool) -> None:
             else:
                 assert result.explanation is None
             assert (await client.notify(topic=b"a", data=b"x")).explanation is None
+
+
+async def test_forwarded_too_often(transport: str, tmp_path: Path) -> None:
+    async with world_of(transport, tmp_path, "hmac", max_hops=2) as world:
+        client = await world.client()
+        async with client.subscribe(exact=[b"a"]) as subscription:
+            messages = await subscription.messages()
+            await client.notify(topic=b"a", data=b"x")
+            for _ in range(2):
+                message = await anext(messages)
+                await client.notify(topic=b"a", data=b"x", forwarding=message)
+            message = await anext(messages)
+            large = b"x" * 200_000  # which takes another way
+            for data in (b"x", large):
+                if transport == "http":
+                    with pytest.raises(PubSubRequestRefusedError, match=r"508.*max_hops"):
+                        await client.notify(topic=b"a", data=data, forwarding=message)
+                else:
+                    result = await client.notify(topic=b"a", data=data, forwarding=message)
+                    assert result.notified == 0
+            assert (await client.notify(topic=b"a", data=b"end")).notified == 1
+            assert await read(messages) == (b"a", b"end")
 
 
 @pytest.mark.parametrize("kind", KINDS)
