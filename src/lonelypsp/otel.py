@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from lonelypsp.tracecontext import Step, decode, encode, passed_on
 
-__all__ = ["Recorder", "SpanKind", "described"]
+__all__ = ["Recorder", "SpanKind", "current", "described"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ def described(operation: str, type_: str, topic: bytes, length: int | None) -> d
     if length is not None:
         attributes["messaging.message.body.size"] = length
     return attributes
+
+
+def current() -> bytes:
+    """The tracing bytes of the span that is current."""
+    return _tracing_of(trace.get_current_span())
 
 
 class Recorder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,13 @@ except ImportError as e:
 
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss import config as configuration
-from lonelypss import setup_files
+from lonelypss import logs, setup_files
 from lonelypss.config import ConfigError, Database, Loaded, Option, options, without_password
 from lonelypss.secrets import SECRETS_FILE, load_auth
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.store.choose import make_store
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 3003
 _KINDS = click.Choice(["hmac", "token", "none"])
@@ -53,7 +56,10 @@ _GROUPS = (
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Ends the command with one line on stderr."""
-    click.echo(f"lonelypss: {message}", err=True)
+    if logs.in_json():
+        log.critical("%s", message)
+    else:
+        click.echo(f"lonelypss: {message}", err=True)
     sys.exit(status)
 
 
@@ -276,6 +282,10 @@ Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port t
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
     show_default=True, envvar="LONELYPSS_LOG_LEVEL", help="Of the log on stderr.",
 )  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True,
+    envvar="LONELYPSS_LOG_FORMAT", help="Of the log: for people, or one JSON object a line.",
+)  # fmt: skip
 @_json_option
 @_configured
 def serve(
@@ -287,6 +297,7 @@ def serve(
     grace: int,
     drain: int,
     log_level: str,
+    log_format: str,
     as_json: bool,
 ) -> None:
     """Run a broadcaster until SIGINT or SIGTERM.
@@ -295,7 +306,9 @@ def serve(
     """
     from lonelypss import server
 
-    settings = server.Settings(loaded.config, secrets, grace, log_level, drain)
+    settings = server.Settings(loaded.config, secrets, grace, log_level, drain, log_format)
+    if log_format == "json":
+        settings.set_up_logging()  # now, so that errors go there, too
     in_memory = not Database.at(loaded.config.db).is_shared
     if in_memory and workers > 1:
         raise ConfigError(
@@ -309,11 +322,14 @@ def serve(
             " write {port} for its port, or leave peer_url out"
         )
     if secrets is None:
-        click.echo(
-            "WARNING: no authorization: whoever reaches this port can subscribe and send."
-            " `lonelypss setup` writes secrets, --secrets names them.",
-            err=True,
+        warning = (
+            "no authorization: whoever reaches this port can subscribe and send."
+            " `lonelypss setup` writes secrets, --secrets names them."
         )
+        if log_format == "json":
+            log.warning("%s", warning)
+        else:
+            click.echo(f"WARNING: {warning}", err=True)
     else:
         load_auth(secrets)
     settings.set_up_logging()

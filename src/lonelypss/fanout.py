@@ -24,6 +24,7 @@ from lonelypsp.spool import Body
 from lonelypsp.tracecontext import hops
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
+from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.missed import MissedNotices
 from lonelypss.sender import (
@@ -34,7 +35,7 @@ from lonelypss.sender import (
 )
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.tracing import NO_MESSAGE_STEP, MessageStep
-from lonelypss.urlpolicy import Target, UrlRefused
+from lonelypss.urlpolicy import Target, UrlRefused, host_of
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Fanout:
         self.missed = missed
         self.local = local
         self.metrics = metrics
+        self.failures = Lines(log)
 
     async def notify(
         self,
@@ -308,12 +310,19 @@ class Round:
 
     def fail(self, url: str, reason: str) -> None:
         recoverable = any(s.recovery for s in self.urls[url])
-        log.warning(
+        what_next = (
+            "a MISSED notice follows" if recoverable else "it has no recovery url, nothing follows"
+        )
+        self.fanout.failures.write(
+            logging.WARNING,
+            host_of(url),
             "delivery of topic %r to %r failed: %s; %s",
-            self.topic,
-            url,
-            reason,
-            "a MISSED notice follows" if recoverable else "it has no recovery url, nothing follows",
+            *(self.topic, url, reason, what_next),
+            topic=self.topic,
+            url=url,
+            reason=reason,
+            next=what_next,
+            tracing=self.step.tracing,
         )
         self.failed.append(url)
         self._settled(url, "failed", reason)

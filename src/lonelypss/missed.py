@@ -17,6 +17,7 @@ from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.replay import Code
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig
+from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import Post, Reply, Sender, authorization_header
 from lonelypss.store.base import (
@@ -27,7 +28,7 @@ from lonelypss.store.base import (
     UsedBefore,
 )
 from lonelypss.tracing import NO_TRACING, Tracing
-from lonelypss.urlpolicy import Target, UrlRefused
+from lonelypss.urlpolicy import Target, UrlRefused, host_of
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class MissedNotices:
         self.sender = sender
         self.metrics = metrics
         self.tracing = tracing
+        self.attempts = Lines(log)
         self._wake = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._journal: dict[tuple[int, bytes], _Note] = {}
@@ -193,19 +195,30 @@ class MissedNotices:
 
     async def _settle(self, notice: MissedNotice, failure: Reply | None) -> None:
         if failure is None:
-            log.info("%r knows that it missed %r", notice.recovery, notice.topic)
+            self.attempts.write(
+                logging.INFO,
+                (host_of(notice.recovery), "confirmed"),
+                "%r knows that it missed %r",
+                *(notice.recovery, notice.topic),
+                topic=notice.topic,
+                url=notice.recovery,
+            )
             self.metrics.notice("confirmed")
             await self.store.finish_missed(notice, time.time())
             return
         delay = self.config.missed_delay(notice.attempts + 1)
         what_next = "given up" if delay is None else f"again in {delay:.0f} s"
-        log.warning(
+        attempt, why = notice.attempts + 1, reason(failure)
+        self.attempts.write(
+            logging.WARNING,
+            (host_of(notice.recovery), "failed"),
             "MISSED notice about %r to %r failed (attempt %d): %s; %s",
-            notice.topic,
-            notice.recovery,
-            notice.attempts + 1,
-            reason(failure),
-            what_next,
+            *(notice.topic, notice.recovery, attempt, why, what_next),
+            topic=notice.topic,
+            url=notice.recovery,
+            attempt=attempt,
+            reason=why,
+            next=what_next,
         )
         self.metrics.notice("given_up" if delay is None else "retried")
         if delay is None:

@@ -43,6 +43,7 @@ from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import NO_REPORT, Explained, Fanout, Report
 from lonelypss.intake import Intake, NoRoom, fill
+from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription, UsedBefore
 from lonelypss.tracing import NO_TRACING, Tracing
@@ -81,6 +82,7 @@ class Route:
         self._handler = handler
         self._limits = limits
         self._metrics = metrics
+        self._lines = Lines(log)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,12 +97,14 @@ class Route:
             body = await self._handler(scope, receive)
         except Disconnected:
             status = 499
-            log.info("%s: the peer left before its request was complete", scope["path"])
+            why = "%s: the peer left before its request was complete"
+            self._tell(logging.INFO, scope, status, why, scope["path"])
         except _FORESEEN as e:
             refused = as_refused(e)
             status = refused.status
             level = logging.WARNING if refused.status >= 500 else logging.INFO
-            log.log(level, "%r answered %d: %s", scope["path"], refused.status, refused)
+            about = scope["path"], refused.status, refused
+            self._tell(level, scope, status, "%r answered %d: %s", *about, reason=str(refused))
             text = f"{refused}\n".encode()
             await respond(
                 send, refused.status, text, b"text/plain; charset=utf-8", refused.retry_after
@@ -108,6 +112,21 @@ class Route:
         else:
             await respond(send, 200, body, b"application/octet-stream")
         self._metrics.request(scope["path"], status, time.monotonic() - started)
+
+    def _tell(
+        self, level: int, scope: Scope, status: int, text: str, *args: object, **fields: object
+    ) -> None:
+        client = (scope.get("client") or ("unknown",))[0]
+        self._lines.write(
+            level,
+            (client, status),
+            text,
+            *args,
+            path=scope["path"],
+            status=status,
+            client=client,
+            **fields,
+        )
 
 
 _FORESEEN = (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, UsedBefore, NoRoom)

@@ -31,11 +31,12 @@ from websockets.protocol import State
 from lonelypsp.frames import Cutter, Mask, framed
 from lonelypsp.guard import guarded, tls_extension
 from lonelypsp.signing import AuthConfig, Nothing
+from lonelypss import logs
 from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
 from lonelypss.secrets import load_auth
-from lonelypss.tracing import export_spans
+from lonelypss.tracing import current_step, export_spans
 from lonelypss.websocket import BURST, as_closing
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Settings:
         grace: seconds that running requests get when the broadcaster stops.
         log_level: name of a level of `logging`.
         drain: seconds before that stop, in which only /readyz knows of it.
+        log_format: one of `logs.FORMATS`.
     """
 
     config: BroadcasterConfig
@@ -66,6 +68,7 @@ class Settings:
     grace: int
     log_level: str
     drain: int = 0
+    log_format: str = "text"
 
     def app(self) -> App:
         auth = AuthConfig(Nothing(), Nothing())
@@ -74,11 +77,7 @@ class Settings:
         return create_app(replace(self.config, auth=auth))
 
     def set_up_logging(self) -> None:
-        logging.basicConfig(
-            level=self.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
-        if self.log_level != "debug":
-            logging.getLogger("uvicorn.error").setLevel("WARNING")
+        logs.set_up(self.log_level, self.log_format, current_step(self.config))
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -318,6 +317,9 @@ def _work(settings: Settings, sockets: Sequence[socket.socket]) -> None:
     except ConfigError as e:
         log.error("%s", e)
         sys.exit(_STARTUP_FAILURE)
+    except Exception:
+        log.exception("a worker ends by an error")
+        sys.exit(1)
 
 
 class _Workers:

@@ -11,10 +11,11 @@ missed (CLIENT), one per attempt
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lonelypsp.tracecontext import NO_STEP, Step, passed_on
-from lonelypss.config import ConfigError
+from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.urlpolicy import UrlRefused, parse_target
 
 if TYPE_CHECKING:
@@ -152,6 +153,17 @@ def _to(url: str) -> dict[str, Any]:
     except UrlRefused:
         return {"url.full": url}
     return {"url.full": url, "server.address": target.host, "server.port": target.port}
+
+
+def current_step(config: BroadcasterConfig) -> Callable[[], bytes]:
+    """Tells the tracing bytes of the step that is current, for the log; does not raise."""
+    if not config.tracing:
+        return bytes
+    try:
+        from lonelypsp.otel import current
+    except ImportError:  # whoever needs it says so
+        return bytes
+    return current
 
 
 def export_spans() -> None:

@@ -128,6 +128,11 @@ def parse_target(url: str) -> Target:
     return Target(scheme, host, address, port, path, head.encode("ascii"), is_peer, origin)
 
 
+def host_of(url: str) -> str:
+    """Scheme, host and port of a url, usable or not."""
+    return "/".join(url[:CACHED_URL].split("/", 3)[:3])
+
+
 def _check_host(host: str) -> Address | None:
     labels = host.split(".")
     try:

@@ -34,6 +34,7 @@ from lonelypss.config import BroadcasterConfig
 from lonelypss.dictionaries import Dictionaries, Dictionary, Offer, Withdrawal
 from lonelypss.fanout import Fanout
 from lonelypss.intake import Intake, write
+from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.outgoing import INLINE, Notice, Outgoing, Waiting
 from lonelypss.peers import Registry
@@ -172,6 +173,8 @@ class Websockets:
         self.fanout: Fanout
         self.metrics = metrics
         self.tracing = tracing
+        self.refusals = Lines(log)
+        self.endings = Lines(log)
         self.dictionaries = Dictionaries(config, self._changed)
         self.connections: set[Connection] = set()
         self.rounds = asyncio.Semaphore(config.max_notifies)
@@ -282,7 +285,11 @@ class Websockets:
             return
         await receive()
         if refused := self._refusal(scope):
-            log.info("websocket from %s refused: %s", scope.get("client"), refused)
+            client = scope.get("client")
+            text, about = "websocket from %s refused: %s", client and client[0]
+            self.refusals.write(
+                logging.INFO, about, text, client, refused, client=about, reason=str(refused)
+            )
             await _refuse(scope, send, refused)
             return
         await Connection(self, scope, receive, send).run()
@@ -419,7 +426,15 @@ class Connection:
 
     async def _goodbye(self, closing: Closing) -> None:
         level = logging.WARNING if closing.code in (TOO_SLOW, 1011) else logging.INFO
-        log.log(level, "websocket %s closed: %d %s", self.name, closing.code, closing)
+        self.hub.endings.write(
+            level,
+            (self.name.rpartition(":")[0], closing.code),
+            "websocket %s closed: %d %s",
+            *(self.name, closing.code, closing),
+            client=self.name,
+            code=closing.code,
+            reason=str(closing),
+        )
         if closing.code in (1005, 1006):
             return
         reason = str(closing).encode()[:120].decode("utf-8", "ignore")
