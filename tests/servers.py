@@ -18,6 +18,7 @@ from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import App, Broadcaster
 from lonelypss.config import BroadcasterConfig
 from lonelypss.server import bind
+from lonelypss.tracing import Tracing
 
 
 def read_auth(secrets: Path | None) -> AuthConfig:
@@ -61,9 +62,12 @@ async def serve(app: Any) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def our_broadcaster(
-    config: BroadcasterConfig | None = None, *, secrets: Path | None = None
+    config: BroadcasterConfig | None = None,
+    *,
+    secrets: Path | None = None,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[Running]:
     config = replace(config or BroadcasterConfig(db="sqlite://"), auth=read_auth(secrets))
-    broadcaster = Broadcaster(config)
+    broadcaster = Broadcaster(config, tracing=tracing)
     async with serve(App(broadcaster)) as url:
         yield Running(broadcaster, url)

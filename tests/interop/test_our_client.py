@@ -39,13 +39,17 @@ def auth(secrets: Path | None) -> Any:
 
 @asynccontextmanager
 async def our_client(
-    broadcaster: str, secrets: Path | None = None, host: str = "http://127.0.0.1:{port}"
+    broadcaster: str,
+    secrets: Path | None = None,
+    host: str = "http://127.0.0.1:{port}",
+    **settings: Any,
 ) -> AsyncIterator[PubSubClient]:
     config = make_http_pub_sub_config(
         bind={"type": "uvicorn", "host": "127.0.0.1", "port": 0},
         host=host,
         broadcasters=[{"host": broadcaster}],
         auth=auth(secrets),
+        **settings,
     )
     async with HttpPubSubClient(config) as client:
         yield client
