@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,14 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
+from broadcaster.harness import Peer, exchange
 from interop.peers import write_secrets
 from lonelypsc.client import PubSubClient
 from lonelypsc.config.config import make_http_pub_sub_config
@@ -32,7 +39,7 @@ from lonelypss.app import App, Broadcaster
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.store.base import Kind
 from lonelypss.tracing import OpenTelemetry
-from programs import free_port
+from programs import command, free_port, run, started
 from servers import read_auth, serve
 
 DEADLINE = 20.0
@@ -481,3 +488,95 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ValueError, match=r"tracing: .* pip install 'lonelypsc\[otel\]'"):
         WebsocketPubSubClient(config)
+
+
+# The command sends them
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, Callable[[], list[tuple[str, str, bytes]]]]]:
+    """What takes spans by OTLP: its url, and (service, name, trace id) of the spans it has."""
+    requests: list[ExportTraceServiceRequest] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            requests.append(ExportTraceServiceRequest.FromString(body))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    def spans() -> list[tuple[str, str, bytes]]:
+        return [
+            (attribute.value.string_value, span.name, span.trace_id)
+            for request in list(requests)
+            for resource in request.resource_spans
+            for attribute in resource.resource.attributes
+            if attribute.key == "service.name"
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", spans
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_serve_sends_its_spans(tmp_path: Path) -> None:
+    """From workers, to where the variables of OpenTelemetry say, the last ones when it stops; the
+    log names their traces."""
+    dead = f"http://127.0.0.1:{free_port()}/"
+    with collector() as (endpoint, spans):
+        options = ["--workers=2", "--db=sqlite:///x.db", "--tracing=true", "--log-format=json"]
+        argv = command("lonelypss", "serve", "--json", "--port=0", *options)
+        with started(argv, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as program:
+            url = program.event("listening")["url"]
+            asyncio.run(_subscribe(url, dead))
+            sent = run("lonelypsc", "notify", "t", "x", f"--broadcaster={url}", cwd=tmp_path)
+            assert sent.returncode == 0, sent.stderr
+            failed = json.loads(program.line("delivery of topic"))
+            assert program.stop() == 0
+        found = [s for s in spans() if s[2].hex() == failed["trace_id"]]
+    assert sorted(found)[:2] == [
+        ("lonelypss", "deliver", found[0][2]),
+        ("lonelypss", "fan out", found[0][2]),
+    ]
+
+
+async def _subscribe(url: str, subscriber: str) -> None:
+    port = int(url.rpartition(":")[2])
+    request = Peer().subscribe(subscriber, b"t")
+    response = await exchange(port, request.bytes())
+    assert response.status == 200, response
+
+
+def test_a_collector_that_is_away_holds_up_nothing(tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    argv = command("lonelypss", "serve", "--json", "--port=0", "--db=sqlite://", "--tracing=true")
+    with started(argv, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as program:
+        url = program.event("listening")["url"]
+        sent = run("lonelypsc", "notify", "t", "x", f"--broadcaster={url}", cwd=tmp_path)
+        assert sent.returncode == 0, sent.stderr
+        began = time.monotonic()
+        assert program.stop() == 0
+        assert time.monotonic() - began < 8  # an exporter by itself takes 10
+
+
+def test_serve_without_an_exporter(tmp_path: Path) -> None:
+    (tmp_path / "opentelemetry").mkdir()
+    (tmp_path / "opentelemetry" / "__init__.py").write_text("")
+    argv = ["--port=0", "--tracing=true"]
+    result = run("lonelypss", "serve", *argv, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("lonelypss: tracing: ")
+    assert last.endswith("pip install 'lonelypsc[otlp]'")

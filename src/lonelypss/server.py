@@ -36,7 +36,7 @@ from lonelypss.app import App, create_app
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
 from lonelypss.secrets import load_auth
-from lonelypss.tracing import current_step, export_spans
+from lonelypss.tracing import current_step, spans_sent
 from lonelypss.websocket import BURST, as_closing
 
 log = logging.getLogger(__name__)
@@ -288,8 +288,13 @@ class _Server(uvicorn.Server):
 def _run(
     settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
 ) -> None:
-    if settings.config.tracing:
-        export_spans()
+    with spans_sent(settings.config):
+        _serve(settings, sockets, announce)
+
+
+def _serve(
+    settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
+) -> None:
     app = settings.app()
     config = uvicorn.Config(
         app,

@@ -11,7 +11,9 @@ missed (CLIENT), one per attempt
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lonelypsp.tracecontext import NO_STEP, Step, passed_on
@@ -20,6 +22,9 @@ from lonelypss.urlpolicy import UrlRefused, parse_target
 
 if TYPE_CHECKING:
     from lonelypsp.otel import Recorded
+
+LAST_SPANS = 2.0
+"""Seconds to send what is left when a program of ours stops."""
 
 
 class MessageStep(Step):
@@ -166,24 +171,42 @@ def current_step(config: BroadcasterConfig) -> Callable[[], bytes]:
     return current
 
 
-def export_spans() -> None:
-    """For a program of our own: sends spans where the variables OTEL_* say, if nobody else has
-    seen to that, as `opentelemetry-instrument` does.
+@contextmanager
+def spans_sent(config: BroadcasterConfig) -> Iterator[None]:
+    """For a program of our own: sends spans where the variables OTEL_* say, if `config.tracing`
+    wants them and nobody else has seen to it, as `opentelemetry-instrument` does.
 
     Raises:
         ConfigError: a package is missing.
     """
+    with ExitStack() as stack:
+        if config.tracing:
+            stack.callback(_send_spans())
+        yield
+
+
+def _send_spans() -> Callable[[], None]:
+    """Begins; returns what ends it."""
     try:
         from opentelemetry import trace
 
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            return
+            return lambda: None
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as e:
         raise ConfigError(f"tracing: {e}: pip install 'lonelypsc[otlp]'") from None
     os.environ.setdefault("OTEL_SERVICE_NAME", "lonelypss")
-    provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    exporter = OTLPSpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
+
+    def end() -> None:
+        hurry = threading.Timer(LAST_SPANS, exporter.shutdown)  # which ends its attempts
+        hurry.start()
+        provider.shutdown()
+        hurry.cancel()
+
+    return end
