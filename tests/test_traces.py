@@ -25,7 +25,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    Decision,
+    Sampler,
+    SamplingResult,
+)
 from opentelemetry.trace import SpanKind, StatusCode
 
 from broadcaster.harness import Peer, exchange
@@ -35,6 +41,7 @@ from lonelypsc.config.config import make_http_pub_sub_config
 from lonelypsc.config.ws_config import make_websocket_pub_sub_config
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.ws_client import WebsocketPubSubClient
+from lonelypsp.tracecontext import hops
 from lonelypss.app import App, Broadcaster
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.store.base import Kind
@@ -300,6 +307,31 @@ async def test_the_span_of_a_message_ends_with_it(tmp_path: Path, spans: Spans) 
     assert id_of(one) == first
     assert (one.status.status_code, two.status.status_code) == (StatusCode.UNSET, StatusCode.ERROR)
     assert about(two)["error.type"] == "LookupError"
+
+
+class DropsState(Sampler):
+    """As some that people write: it takes everything, and forgets the tracestate."""
+
+    def should_sample(self, *_: Any, **__: Any) -> SamplingResult:
+        return SamplingResult(Decision.RECORD_AND_SAMPLE)
+
+    def get_description(self) -> str:
+        return "drops state"
+
+
+@pytest.mark.parametrize("sampler", [ALWAYS_ON, ALWAYS_OFF, DropsState()], ids=str)
+async def test_hops_are_counted_in_it(transport: str, tmp_path: Path, sampler: Sampler) -> None:
+    provider = TracerProvider(sampler=sampler)
+    async with world_of(transport, tmp_path, Spans(provider=provider), max_hops=2) as world:
+        client = await world.client(tracing=provider)
+        async with client.subscribe_exact(b"t") as subscription:
+            messages = await subscription.messages()
+            await client.notify(topic=b"t", data=b"x")
+            for number in range(3):
+                message = await anext(messages)
+                assert hops(message.tracing) == number
+                if number < 2:
+                    await client.notify(topic=b"t", data=b"x", forwarding=message)
 
 
 async def test_failed_deliveries_and_their_notices(tmp_path: Path, spans: Spans) -> None:

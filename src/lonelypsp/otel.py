@@ -17,7 +17,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from lonelypsp.tracecontext import Step, decode, encode, passed_on
+from lonelypsp.tracecontext import Step, carried_on, decode, encode, passed_on
 
 __all__ = ["Recorder", "SpanKind", "current", "described"]
 
@@ -88,7 +88,7 @@ class Recorder:
                 context = _propagator.extract(decode(tracing), contexts.get_current())
             span = self._tracer.start_span(name, context, kind, attributes)
             context = trace.set_span_in_context(span, context)
-            tracing = _tracing_of(span) or tracing
+            tracing = carried_on(tracing, _tracing_of(span) or tracing)
         except Exception as e:  # noqa: BLE001 see the module's text
             self.fault(e)
         return Recorded(self, span, context, tracing)

@@ -72,8 +72,18 @@ def forwarded(received: bytes, sent: bytes = b"") -> bytes:
     carrier = decode(sent) or decode(received)
     if not carrier:  # of no trace: one that nobody records
         carrier = {"traceparent": f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-00"}
+    return _with_hops(carrier, min(hops(received) + 1, _MOST_HOPS))
+
+
+def carried_on(received: bytes, sent: bytes) -> bytes:
+    """`sent`, of a step of its own, with the hops of what came: not all that records keeps them."""
+    found = hops(received)
+    return sent if found == 0 or hops(sent) == found else _with_hops(decode(sent), found)
+
+
+def _with_hops(carrier: Mapping[str, str], number: int) -> bytes:
     others = [m for m in carrier.get("tracestate", "").split(",") if m and not _hops.search(m)]
-    state = f"{_HOPS}{min(hops(received) + 1, _MOST_HOPS)}"
+    state = f"{_HOPS}{number}"
     for member in others:
         if len(state) + 1 + len(member) > MAX_TRACESTATE:
             break
