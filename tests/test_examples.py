@@ -1,6 +1,7 @@
 """Runs every example against a real broadcaster, with other ports and nothing else changed."""
 
 import json
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -162,6 +163,16 @@ def test_recover(directory: Path) -> None:
             eventually(lambda: answers(own))
             assert notify(directory, url, "foo/bar", "3") == 1
             again.line("Applying b'3'")
+
+
+def test_traces(directory: Path) -> None:
+    with broadcaster(directory) as (_, url), example("traces.py", directory, url) as (program, *_):
+        program.line("Shipping what was paid")
+        handed_on = program.line("Hand this on").split("-")[1]
+        assert program.process.wait(40) == 0
+        spans = [line.split() for line in program.rest() if re.match("[0-9a-f]{32} ", line)]
+    assert sorted(name for _, name in spans) == ["notify", "pay", "process", "receive", "ship"]
+    assert {trace for trace, _ in spans} == {handed_on}
 
 
 def test_serve(directory: Path) -> None:
