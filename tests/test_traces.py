@@ -319,7 +319,10 @@ class DropsState(Sampler):
         return "drops state"
 
 
-@pytest.mark.parametrize("sampler", [ALWAYS_ON, ALWAYS_OFF, DropsState()], ids=str)
+SAMPLERS = {"on": ALWAYS_ON, "off": ALWAYS_OFF, "drops state": DropsState()}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 async def test_hops_are_counted_in_it(transport: str, tmp_path: Path, sampler: Sampler) -> None:
     provider = TracerProvider(sampler=sampler)
     async with world_of(transport, tmp_path, Spans(provider=provider), max_hops=2) as world:

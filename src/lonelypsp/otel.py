@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from opentelemetry import context as contexts
 from opentelemetry import trace
@@ -114,6 +114,13 @@ class Recorded(Step):
         self._span = span
         self._before: Context | None = None
         self.ended = False
+
+    def __enter__(self) -> Self:
+        self.make_current()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.end(error)
 
     def make_current(self) -> None:
         self._before = contexts.get_current()

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lonelypsp.tracecontext import NO_STEP, Step, passed_on
 from lonelypss.config import BroadcasterConfig, ConfigError
@@ -137,6 +137,13 @@ class _Message(MessageStep):
     def copies(self, websockets: int) -> Step:
         more = {"messaging.batch.message_count": websockets}
         return self._tracing.deliver(self._span, *self._about, more, asks=False)
+
+    def __enter__(self) -> Self:
+        self._span.make_current()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.end(error)
 
     def make_current(self) -> None:
         self._span.make_current()
