@@ -252,7 +252,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         program.line(f"worker {first[0]} ended with status -9")
         eventually(lambda: first[0] not in (now := _children(program.process.pid, 2)) and now)
         result = run("lonelypsc", "notify", "a", "b", f"--broadcaster={url}", cwd=tmp_path)
-        assert result.stdout == "notified 0 subscribers\n"
+        assert result.stdout == "notified 0 subscribers\n", result.stderr
         assert program.stop() == 0
 
 

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from lonelypsc.client import Hub
 from lonelypsc.config.config import HttpPubSubConfig
-from lonelypsc.listener import Receive, Scope, Send, answer
+from lonelypsc.listener import Receive, Scope, Send, answer, send_whole, whole
 from lonelypsp.bodies import (
     UNSUBSCRIBE_IMMEDIATE,
     Missed,
@@ -33,6 +33,7 @@ from lonelypsp.bodies import (
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.guard import HttpLimits, patient
+from lonelypsp.shortcut import Answer
 from lonelypsp.spool import Body, Spool
 from lonelypsp.wire import SHA512_LENGTH, HeadParser, decode, encode
 
@@ -90,11 +91,15 @@ class _Disconnected(Exception):
 class _Refused(Exception):
     """The request is answered with this."""
 
-    def __init__(self, status: int, text: bytes, *headers: tuple[bytes, bytes]) -> None:
+    def __init__(
+        self,
+        status: int,
+        text: bytes,
+        *headers: tuple[bytes, bytes],
+        content_type: bytes = b"text/plain; charset=utf-8",
+    ) -> None:
         super().__init__(text.decode("utf-8", "replace"))
-        self.status = status
-        self.text = text
-        self.headers = headers
+        self.answer = whole(status, text, *headers, content_type=content_type)
 
 
 class _Endpoint:
@@ -110,11 +115,8 @@ class _Endpoint:
             await self.handle(scope, receive, send)
         except _Disconnected:
             pass
-        except _Refused as e:
-            await answer(send, e.status, e.text, *e.headers)
-        except RemoteProtocolError as e:
-            close = (_CLOSE,) if e.status == _TOO_SLOW else ()
-            await answer(send, e.status, str(e).encode("utf-8", "replace"), *close)
+        except (_Refused, RemoteProtocolError) as e:
+            await send_whole(send, _refusal(e))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
@@ -123,6 +125,8 @@ class _Endpoint:
         """The receivers that the request may be for: those that the hint names, then the rest."""
         mine = self.receiver
         if hint is not None and hint == mine.fragment:
+            return [mine]
+        if "app" not in scope and "router" not in scope:
             return [mine]
         found = dict.fromkeys([mine])
         for endpoint in _endpoints(scope, type(self)):
@@ -139,13 +143,43 @@ class ReceiveEndpoint(_Endpoint):
         sha512 = _digest(headers.get(b"repr-digest"))
         chunks = _chunks(receive)
         head, rest = await _head(ReceiveHead, chunks)
+        receiver = self._addressee(scope, headers, head, sha512)
+        body = await _spool(receiver.config, head.length, sha512, rest, chunks)
+        taken = await receiver.hub.deliver(head.topic, body, head.tracing)
+        await send_whole(send, self._confirmation(receiver, head, taken))
+
+    def at_once(self, scope: Scope, body: bytes) -> Answer | None:
+        """As `handle`, for a request that is whole; see `lonelypsp.shortcut`."""
+        mine = self.receiver
+        if len(body) > mine.config.message_body_spool_size or mine.hub.waits_for_receivers:
+            return None
+        try:
+            headers = _headers(scope)
+            sha512 = _digest(headers.get(b"repr-digest"))
+            parser = HeadParser(ReceiveHead)
+            parsed = parser.feed(body)
+            if parsed is None:
+                raise parser.end()
+            head, rest = parsed
+            receiver = self._addressee(scope, headers, head, sha512)
+            _check_length(receiver.config, head.length)
+            received = Body.received(rest, head.length, sha512)
+            taken = receiver.hub.offer(head.topic, received, head.tracing)
+            return self._confirmation(receiver, head, taken)
+        except (_Refused, RemoteProtocolError) as e:
+            return _refusal(e)
+
+    def _addressee(
+        self, scope: Scope, headers: dict[bytes, bytes], head: ReceiveHead, sha512: bytes
+    ) -> Receiver:
         receiver = self._authorized(scope, headers, head, sha512)
         if receiver is None or not receiver.hub.wants(head.topic):
             (receiver or self.receiver).dropped()
-            await answer(send, _UNKNOWN_TOPIC, UNSUBSCRIBE_IMMEDIATE, content_type=_OCTETS)
-            return
-        body = await _spool(receiver.config, head.length, sha512, rest, chunks)
-        if not await receiver.hub.deliver(head.topic, body, head.tracing):
+            raise _Refused(_UNKNOWN_TOPIC, UNSUBSCRIBE_IMMEDIATE, content_type=_OCTETS)
+        return receiver
+
+    def _confirmation(self, receiver: Receiver, head: ReceiveHead, taken: bool) -> Answer:
+        if not taken:
             raise _Refused(503, b"the subscriber's buffer is full", _RETRY_SOON)
         fields = {
             "tracing": b"",
@@ -157,7 +191,7 @@ class ReceiveEndpoint(_Endpoint):
             "CONFIRM_RECEIVE", fields, time.time()
         )
         reply = ResponseConfirmReceive(authorization, b"", head.identifier, 1)
-        await answer(send, 200, encode(reply), content_type=_OCTETS)
+        return whole(200, encode(reply), content_type=_OCTETS)
 
     def _authorized(
         self, scope: Scope, headers: dict[bytes, bytes], head: ReceiveHead, sha512: bytes
@@ -165,7 +199,7 @@ class ReceiveEndpoint(_Endpoint):
         """Whom the message is for; None: its sender is known, but its fragment is not."""
         hint = _hint(headers)
         candidates = self.candidates(scope, hint)
-        if hint is None:
+        if hint is None and len(candidates) > 1:
             candidates.sort(key=lambda r: (not r.hub.wants(head.topic), r.fragment != ""))
         for receiver in candidates:
             fields = {
@@ -221,6 +255,13 @@ class RecoverEndpoint(_Endpoint):
         if not found:
             raise _Refused(403, _AUTH_TEXT[AuthResult.FORBIDDEN])
         return found
+
+
+def _refusal(error: _Refused | RemoteProtocolError) -> Answer:
+    if isinstance(error, _Refused):
+        return error.answer
+    close = (_CLOSE,) if error.status == _TOO_SLOW else ()
+    return whole(error.status, str(error).encode("utf-8", "replace"), *close)
 
 
 def _check(
@@ -321,6 +362,13 @@ async def _head(cls: type[ReceiveHead], chunks: AsyncIterator[bytes]) -> tuple[R
     raise parser.end()
 
 
+def _check_length(config: HttpPubSubConfig, length: int) -> None:
+    if config.max_receive_body is not None and length > config.max_receive_body:
+        raise _Refused(
+            413, b"longer than max_receive_body, %d bytes" % config.max_receive_body, _CLOSE
+        )
+
+
 async def _spool(
     config: HttpPubSubConfig,
     length: int,
@@ -328,10 +376,7 @@ async def _spool(
     first: bytes,
     chunks: AsyncIterator[bytes],
 ) -> Body:
-    if config.max_receive_body is not None and length > config.max_receive_body:
-        raise _Refused(
-            413, b"longer than max_receive_body, %d bytes" % config.max_receive_body, _CLOSE
-        )
+    _check_length(config, length)
     try:
         with Spool(
             length,

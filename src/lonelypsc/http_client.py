@@ -124,6 +124,7 @@ class HttpTransport:
             bind["port"],
             PathApp(routes),
             limits=bind.get("limits"),
+            shortcuts=routes,
             tls=listening_tls(bind),
         )
         await listener.start()

@@ -14,12 +14,14 @@ from typing import Any
 
 from lonelypsc.errors import PubSubBindError
 from lonelypsp.guard import HttpLimits, guarded
+from lonelypsp.shortcut import Answer, with_shortcut
 
 Scope = Any  # what starlette and uvicorn say, too
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_NONE: Mapping[str, AsgiApp] = {}
 _BACKLOG = 2048
 _GRACE = 5.0
 """Seconds that running requests get to finish when the listener stops."""
@@ -40,6 +42,17 @@ class PathApp:
             await app(scope, receive, send)
 
 
+def whole(
+    status: int,
+    body: bytes,
+    *headers: tuple[bytes, bytes],
+    content_type: bytes = b"text/plain; charset=utf-8",
+) -> Answer:
+    """A whole answer: status, headers, body."""
+    length = b"%d" % len(body)
+    return status, ((b"content-type", content_type), (b"content-length", length), *headers), body
+
+
 async def answer(
     send: Send,
     status: int,
@@ -47,18 +60,13 @@ async def answer(
     *headers: tuple[bytes, bytes],
     content_type: bytes = b"text/plain; charset=utf-8",
 ) -> None:
-    """A whole response; uvicorn hands head and body to the socket together when small."""
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [
-                (b"content-type", content_type),
-                (b"content-length", b"%d" % len(body)),
-                *headers,
-            ],
-        }
-    )
+    """Sends a whole answer."""
+    await send_whole(send, whole(status, body, *headers, content_type=content_type))
+
+
+async def send_whole(send: Send, made: Answer) -> None:
+    status, headers, body = made
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -68,6 +76,7 @@ class Listener:
     Args:
         limits: what clients may ask for.
         tls: of a server, for https.
+        shortcuts: of the app's paths; see `lonelypsp.shortcut`.
 
     Attributes:
         port: the port that is listened on, also when 0 was asked for.
@@ -80,6 +89,7 @@ class Listener:
         app: AsgiApp,
         *,
         limits: HttpLimits | None = None,
+        shortcuts: Mapping[str, AsgiApp] = _NONE,
         tls: SSLContext | None = None,
     ) -> None:
         self._host = host
@@ -87,6 +97,7 @@ class Listener:
         self._app = app
         self._limits = limits or HttpLimits()
         self._tls = tls
+        self._shortcuts = shortcuts
         self._servers: list[asyncio.AbstractServer] = []
 
     async def start(self) -> None:
@@ -118,7 +129,8 @@ class Listener:
         self._state = ServerState()
 
         loop = asyncio.get_running_loop()
-        guarded_protocol = guarded(HttpToolsProtocol, httptools, self._limits)
+        base = with_shortcut(HttpToolsProtocol, self._shortcuts)
+        guarded_protocol = guarded(base, httptools, self._limits)
 
         def protocol() -> Any:
             made = guarded_protocol(config=config, server_state=self._state, app_state={})

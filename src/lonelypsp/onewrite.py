@@ -47,6 +47,12 @@ class OneWrite:
             self._scheduled = True
             self._call_soon(self._end_of_turn)
 
+    def write_now(self, data: bytes) -> None:
+        """Writes a whole answer, to which nothing will be added."""
+        self.written += len(data)
+        self._flush()
+        self._transport.write(data)
+
     def _end_of_turn(self) -> None:
         self._scheduled = False
         self._flush()

@@ -582,7 +582,7 @@ async def _listening(peers: Peers) -> AsyncIterator[int]:
     with sock:
         config = uvicorn.Config(
             _table_app(peers.table),
-            http=http_protocol(peers.config),
+            http=http_protocol(peers.config, peers.table),
             ws="none",
             lifespan="off",
             interface="asgi3",

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -30,9 +30,11 @@ from websockets.protocol import State
 
 from lonelypsp.frames import Cutter, Mask, framed
 from lonelypsp.guard import guarded, tls_extension
+from lonelypsp.shortcut import with_shortcut
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss import logs
 from lonelypss.app import App, create_app
+from lonelypss.asgi import ASGIApp
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
 from lonelypss.secrets import load_auth
@@ -135,14 +137,14 @@ def serve(
             sock.close()
 
 
-def http_protocol(config: BroadcasterConfig) -> Any:
-    """The protocol class for one listener of this process."""
+def http_protocol(config: BroadcasterConfig, shortcuts: Mapping[str, ASGIApp]) -> Any:
+    """The protocol class for one listener of this process; see `lonelypsp.shortcut`."""
     limits = config.http_limits
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY:
         most = max(1, min(limits.max_connections, files // 2))
         limits = replace(limits, max_connections=most)
-    return guarded(HttpToolsProtocol, httptools, limits)
+    return guarded(with_shortcut(HttpToolsProtocol, shortcuts), httptools, limits)
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
@@ -296,9 +298,10 @@ def _serve(
     settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
 ) -> None:
     app = settings.app()
+    shortcuts = {**app.broadcaster.routes.table, **app.broadcaster.peers.table}
     config = uvicorn.Config(
         app,
-        http=http_protocol(settings.config),
+        http=http_protocol(settings.config, shortcuts),
         interface="asgi3",
         lifespan="on",
         ws=_WebSocket,
