@@ -175,7 +175,8 @@ class Fanout:
         """Whether a message goes round in circles, to be delivered to nobody; counted if so."""
         if not tracing or hops(tracing) <= self.config.max_hops:
             return False
-        log.warning("refused a message on %r: forwarded too often (max_hops)", topic)
+        text = "refused a message on %r: forwarded too often (max_hops)"
+        self.failures.write(logging.WARNING, "loops", text, topic, topic=topic)
         self.metrics.looped()
         return True
 
@@ -425,8 +426,10 @@ class Delivery(Post):
                 round_.confirm(self.url, self._confirmed(reply.body))
         except ProtocolError as e:
             round_.fail(self.url, f"status {reply.status} with a bad reply: {e}")
-        except Exception as e:
-            log.exception("cannot judge a reply")  # a pluggable authenticator
+        except Exception as e:  # noqa: BLE001 of a pluggable authenticator, and logged
+            text = "cannot judge a reply"
+            failures = round_.fanout.failures
+            failures.write(logging.ERROR, (host_of(self.url), text), text, exc_info=True)
             round_.fail(self.url, f"cannot judge the reply: {e!r}")
 
     def _asked_to_stop(self, reply: Reply) -> None:

@@ -147,13 +147,19 @@ class Lines:
         self._forgotten = 0  # left out about destinations that are not remembered
 
     def write(
-        self, level: int, destination: Hashable, text: str, *args: object, **fields: object
+        self,
+        level: int,
+        destination: Hashable,
+        text: str,
+        *args: object,
+        exc_info: bool = False,
+        **fields: object,
     ) -> None:
         """Writes a line, or counts that it is left out.
 
         Args:
             destination: what it is about, as far as it matters for the rule.
-            text, args: as of `Logger.log`.
+            text, args, exc_info: as of `Logger.log`.
             fields: of a line of JSON.
         """
         log = self._log
@@ -167,7 +173,7 @@ class Lines:
                 text += " [and %d such lines that were left out]"
                 args = (*args, left_out)
                 fields["left_out"] = left_out
-        log.log(level, text, *args, extra={"fields": fields})
+        log.log(level, text, *args, exc_info=exc_info, extra={"fields": fields})
 
     def _left_out(self, destination: Hashable) -> int | None:
         """How many were left out before this one; None: this one is, too."""

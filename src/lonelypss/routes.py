@@ -97,8 +97,8 @@ class Route:
             body = await self._handler(scope, receive)
         except Disconnected:
             status = 499
-            why = "%s: the peer left before its request was complete"
-            self._tell(logging.INFO, scope, status, why, scope["path"])
+            why = "the peer left before its request was complete"
+            self._tell(logging.INFO, scope, status, "%s: %s", scope["path"], why, reason=why)
         except _FORESEEN as e:
             refused = as_refused(e)
             status = refused.status
@@ -114,7 +114,7 @@ class Route:
         self._metrics.request(scope["path"], status, time.monotonic() - started)
 
     def _tell(
-        self, level: int, scope: Scope, status: int, text: str, *args: object, **fields: object
+        self, level: int, scope: Scope, status: int, text: str, *args: object, reason: str
     ) -> None:
         client = (scope.get("client") or ("unknown",))[0]
         self._lines.write(
@@ -125,7 +125,7 @@ class Route:
             path=scope["path"],
             status=status,
             client=client,
-            **fields,
+            reason=reason,
         )
 
 

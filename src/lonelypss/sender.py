@@ -31,6 +31,7 @@ import httptools
 
 from lonelypsp.spool import Body
 from lonelypss.config import BroadcasterConfig, ConfigError
+from lonelypss.logs import Lines
 from lonelypss.resolver import Resolver
 from lonelypss.urlpolicy import Address, Target, UrlPolicy, UrlRefused
 
@@ -159,6 +160,7 @@ class Sender:
         self.config = config
         self.policy = policy or UrlPolicy(config)
         self.connections = 0
+        self.faults = Lines(log)
         self.ssl = tls_context(config)
         self._resolver = Resolver(config.outgoing_dns_threads)
         self.resolve: Resolve = resolve or self._resolver
@@ -466,8 +468,9 @@ class _Connection(asyncio.Protocol):
         assert self.transport is not None
         try:
             head = post.target.head + post.head()
-        except Exception as e:  # a pluggable authenticator
-            log.exception("cannot sign a request")
+        except Exception as e:  # noqa: BLE001 of a pluggable authenticator, and logged
+            faults, name = self.host.sender.faults, self.host.target.host
+            faults.write(logging.ERROR, name, "cannot sign a request", exc_info=True)
             self.host.fail_soon(post, f"cannot sign the request: {e!r}")
             self.discard()
             return

@@ -202,6 +202,16 @@ def test_nothing_is_left_out_at_debug(lines: Lines, caplog: pytest.LogCaptureFix
     assert len(caplog.messages) == 3 * PER_DESTINATION
 
 
+def test_tracebacks(lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    for n in range(3 * PER_DESTINATION):
+        try:
+            raise LookupError(n)  # noqa: TRY301
+        except LookupError:
+            lines.write(logging.ERROR, "a", "it failed", exc_info=True)
+    errors = [r.exc_info[1].args[0] for r in caplog.records]  # type: ignore[index, union-attr]
+    assert errors == list(range(PER_DESTINATION))
+
+
 def test_what_is_not_logged_counts_nothing(lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3 * PER_DESTINATION):
         lines.write(logging.DEBUG, "a", "x")
