@@ -1,3 +1,4 @@
+import asyncio
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from lonelypsp.signing import Hmac
 from lonelypsp.wire import encode
 from lonelypss.cli import main as broadcaster_cli
 from lonelypss.config import options
+from lonelypss.store.base import Kind
+from lonelypss.store.sqlite import SqliteStore
 from programs import broadcaster, command, environment, eventually, free_port, run, started
 
 KINDS = ("hmac", "token", "none")
@@ -369,6 +372,39 @@ def test_subs(runner: CliRunner, tmp_path: Path) -> None:
             assert runner.invoke(broadcaster_cli, [*remove, "--glob=a/*"]).exit_code == 1
             assert runner.invoke(broadcaster_cli, [*remove, "--all"]).exit_code == 0
             assert json.loads(runner.invoke(broadcaster_cli, [*of_url, "--json"]).stdout) == []
+
+
+def test_explain(runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [
+        (Kind.EXACT, "a/1", "http://10.0.0.7:3002/v1/receive"),
+        (Kind.GLOB, "a/*", "http://10.0.0.7:3002/v1/receive"),
+        (Kind.GLOB, "**", "http://10.0.0.8:3002/v1/receive"),
+        (Kind.EXACT, "a/1", "http://subscriber.example/v1/receive"),
+        (Kind.EXACT, "a/1", "http://10.0.0.9:3004/v1/receive_for_websockets"),
+        (Kind.EXACT, "a/2", "http://10.0.0.1:3002/v1/receive"),
+    ]
+
+    async def fill() -> None:
+        store = SqliteStore("lonelypss.db")
+        await store.open()
+        for kind, pattern, url in wanted:
+            assert await store.subscribe(kind, pattern.encode(), url, None)
+        await store.close()
+
+    asyncio.run(fill())
+    monkeypatch.setenv("LONELYPSS_URL_DENY", "10.0.0.8")
+    result = runner.invoke(broadcaster_cli, "explain a/1 --json")
+    assert result.exit_code == 0, result.output
+    assert [(r["because"], r["outcome"].split(":")[0]) for r in json.loads(result.stdout)] == [
+        (["a/*", "the topic"], "is posted there"),
+        (["**"], "refused"),
+        (["the topic"], "goes to the websockets of a broadcaster"),
+        (["the topic"], "is posted there, if its address is allowed"),
+    ]
+    shown = runner.invoke(broadcaster_cli, "explain a/1").stdout
+    assert "url_deny (10.0.0.8)" in shown
+    assert "a/*, the topic" in shown
+    assert json.loads(runner.invoke(broadcaster_cli, "explain other --json").stdout)[0]["url"]
 
 
 # lonelypsc

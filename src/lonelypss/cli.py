@@ -30,6 +30,7 @@ from lonelypss.config import ConfigError, Database, Loaded, Option, options, wit
 from lonelypss.secrets import SECRETS_FILE, load_auth
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.store.choose import make_store
+from lonelypss.urlpolicy import UrlPolicy, UrlRefused
 
 log = logging.getLogger(__name__)
 
@@ -493,6 +494,54 @@ def subs_rm(
         sys.exit(1)
 
 
+# explain
+@main.command(
+    epilog="""\b
+Examples:
+  lonelypss explain orders/42
+  lonelypss explain orders/42 --db postgresql://lonelyps@db.internal/lonelyps --json
+
+\b
+Nothing is sent. What becomes of a real message tells
+  lonelypsc notify orders/42 'a test' --explain
+"""
+)
+@click.argument("topic")
+@click.option("--db", metavar="URL", help="As for serve.")
+@_config_option
+@_json_option
+def explain(topic: str, db: str | None, config: str | None, as_json: bool) -> None:
+    """Tell who gets a message on TOPIC, which of their patterns match, and whom the url policy of
+    this configuration refuses."""
+
+    async def look(store: Store) -> list[Subscription]:
+        return list(await store.match(topic.encode("utf-8", "surrogateescape")))
+
+    with _explained():
+        loaded = _loaded(db, config)
+        policy = UrlPolicy(loaded.config)
+    matched: dict[str, list[Subscription]] = {}
+    for subscription in _with_store(db, config, look):
+        matched.setdefault(subscription.url, []).append(subscription)
+    rows = []
+    for url in sorted(matched):
+        because = sorted("the topic" if s.kind is Kind.EXACT else _row(s)["pattern"]
+                         for s in matched[url])  # fmt: skip
+        rows.append({"url": url, "because": because, "outcome": _verdict(policy, url)})
+    head = ("url", "because of", "outcome")
+    _print(rows, as_json, head, [(r["url"], ", ".join(r["because"]), r["outcome"]) for r in rows])
+
+
+def _verdict(policy: UrlPolicy, url: str) -> str:
+    try:
+        target = policy.target(url)
+    except UrlRefused as e:
+        return f"refused: {e}"
+    if target.is_peer:
+        return "goes to the websockets of a broadcaster"
+    return "is posted there" if target.address else "is posted there, if its address is allowed"
+
+
 def _row(subscription: Subscription) -> dict[str, Any]:
     return {
         "kind": subscription.kind.name.lower(),
@@ -511,15 +560,18 @@ def _with_store(db: str | None, config: str | None, work: Callable[[Store], Any]
             await store.close()
 
     with _explained():
-        flags = {"db": None if db is None else _database_url(db)}
-        file = None if config is None else Path(config)
-        nothing = AuthConfig(Nothing(), Nothing())
-        loaded = configuration.load(flags, os.environ, file, nothing)
+        loaded = _loaded(db, config)
         database = Database.at(loaded.config.db)
         there = database.path is None or os.path.exists(database.path)
         if not database.is_shared or not there:
             raise ConfigError(f"db: there is no database at {database.path}; see --db")
         return asyncio.run(run(make_store(loaded.config)))
+
+
+def _loaded(db: str | None, config: str | None) -> Loaded:
+    flags = {"db": None if db is None else _database_url(db)}
+    file = None if config is None else Path(config)
+    return configuration.load(flags, os.environ, file, AuthConfig(Nothing(), Nothing()))
 
 
 def _print(value: Any, as_json: bool, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
