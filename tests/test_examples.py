@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from certificates import Authority
 from programs import (
     ROOT,
     Program,
@@ -147,6 +148,22 @@ def test_websocket(directory: Path) -> None:
         program.line("Reading the current state")
         program.line(r"The last one: prices/\d+ is \d+\.99")
         assert program.process.wait(40) == 0
+
+
+def test_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    authority.issue("127.0.0.1", file="broadcaster")
+    authority.issue("127.0.0.1", "orders.example", file="subscriber")
+    with example("mutual_tls.py", tmp_path) as (server, _, url):
+        server.line("listening on")
+        with example("tls_subscriber.py", tmp_path, url) as (program, _, _):
+            program.line("orders/42: paid")
+            assert program.process.wait(40) == 0
+        authority.issue("127.0.0.1", "stranger.example", file="subscriber")
+        with example("tls_subscriber.py", tmp_path, url) as (program, _, _):
+            assert program.process.wait(40) == 1  # it may subscribe, but not notify
+            assert any("HTTP 403" in line for line in program.rest())
+        assert server.stop() == 0
 
 
 def test_recover(directory: Path) -> None:

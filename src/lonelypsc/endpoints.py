@@ -32,7 +32,7 @@ from lonelypsp.bodies import (
     ResponseConfirmReceive,
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
-from lonelypsp.guard import HttpLimits, patient
+from lonelypsp.guard import HttpLimits, identity, patient
 from lonelypsp.shortcut import Answer
 from lonelypsp.spool import Body, Spool
 from lonelypsp.wire import SHA512_LENGTH, HeadParser, decode, encode
@@ -208,6 +208,7 @@ class ReceiveEndpoint(_Endpoint):
                 "topic": head.topic,
                 "identifier": head.identifier,
                 "sha512": sha512,
+                **identity(scope),
             }
             if _check(receiver, "RECEIVE", fields, headers):
                 unknown = hint is not None and all(r.fragment != hint for r in candidates)
@@ -249,6 +250,7 @@ class RecoverEndpoint(_Endpoint):
                 "tracing": missed.tracing,
                 "recovery": receiver.recovery,
                 "topic": missed.topic,
+                **identity(scope),
             }
             if _check(receiver, "MISSED", fields, headers):
                 found.append(_open(receiver))

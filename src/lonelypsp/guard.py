@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 GUARDED = "lonelyps.guarded"
 """Name of the ASGI extension which says that a `Guard` watches over the connection."""
 
+_NONE: Mapping[str, Any] = {}
 _LONGEST_TICK = 1.0
 _LINGER = 5.0  # seconds in which what follows a refused request is read and thrown away
 _LINGER_BYTES = 1024 * 1024
@@ -451,6 +453,13 @@ def tls_extension(transport: Any) -> dict[str, Any]:
     """
     certificate = transport.get_extra_info("peercert")
     return {"tls": {"peer_certificate": certificate}} if certificate else {}
+
+
+def identity(scope: Any) -> Mapping[str, Any]:
+    """`peer_certificate`, as `ssl.SSLSocket.getpeercert` gives it, if the client has shown one."""
+    tls = (scope.get("extensions") or _NONE).get("tls", _NONE)
+    certificate = tls.get("peer_certificate")
+    return {"peer_certificate": certificate} if certificate else _NONE
 
 
 def patient(scope: Any, receive: Any, limits: HttpLimits, timeout: Any, now: Any) -> Any:

@@ -84,6 +84,9 @@ class _NotShared:
     def forget(self, codes: Iterable[Code]) -> None:
         pass
 
+    def __reduce__(self) -> str:
+        return "NOT_SHARED"  # there is one, also in a process that it was sent to
+
 
 NOT_SHARED = _NotShared()
 

@@ -25,7 +25,7 @@ except ImportError as e:
 
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss import config as configuration
-from lonelypss import logs, setup_files
+from lonelypss import logs, setup_files, tls
 from lonelypss.config import ConfigError, Database, Loaded, Option, options, without_password
 from lonelypss.secrets import SECRETS_FILE, load_auth
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
@@ -260,7 +260,7 @@ Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port t
 )
 @click.option(
     "--host", default="127.0.0.1", show_default=True, envvar="LONELYPSS_HOST",
-    help="Address to listen on. Bind to an internal one; TLS is the business of a proxy.",
+    help="Address to listen on. Bind to an internal one; --tls-cert is for https.",
 )  # fmt: skip
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True,
@@ -333,6 +333,7 @@ def serve(
             click.echo(f"WARNING: {warning}", err=True)
     else:
         load_auth(secrets)
+    tls.listening(loaded.config)
     settings.set_up_logging()
     if not in_memory:
         asyncio.run(_check_database(loaded))
@@ -342,7 +343,7 @@ def serve(
         fail(_bind_error(host, port, e), 2)
 
     def announce() -> None:
-        _announce(sockets[0], as_json)
+        _announce(sockets[0], loaded.config.tls_cert is not None, as_json)
 
     sys.exit(server.serve(settings, sockets, workers, announce))
 
@@ -362,9 +363,9 @@ async def _check_database(loaded: Loaded) -> None:
         await store.close()
 
 
-def _announce(sock: Any, as_json: bool) -> None:
+def _announce(sock: Any, secure: bool, as_json: bool) -> None:
     host, port = sock.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
     if as_json:
         event = {"event": "listening", "url": url, "host": host, "port": port, "pid": os.getpid()}
         click.echo(json.dumps(event))
@@ -389,6 +390,7 @@ def check_config(loaded: Loaded, secrets: str | None, as_json: bool) -> None:
 
     Takes the options of `lonelypss serve`, checks them and the secrets file, starts nothing.
     """
+    tls.listening(loaded.config)
     auth = loaded.config.auth if secrets is None else load_auth(secrets)
     rows = [
         (row.name, _masked(getattr(loaded.config, row.name)), row.unit, loaded.sources[row.name])

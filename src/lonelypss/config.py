@@ -112,6 +112,21 @@ class BroadcasterConfig:
         "Messages being received or passed on at one time; above it 503 with Retry-After.",
         least=1,
     )
+    tls_cert: str | None = _option(
+        None,
+        "path",
+        "Certificate chain (PEM) of `lonelypss serve`, which then speaks https and wss. SIGHUP"
+        " reads it again.",
+    )
+    tls_key: str | None = _option(
+        None, "path", "Its private key (PEM); by default in the same file."
+    )
+    tls_client_ca: str | None = _option(
+        None,
+        "path",
+        "Certificates (PEM) of the authorities one of which must have signed the certificate of who"
+        " connects.",
+    )
     incoming_http_timeout_head: float = _option(
         8.0,
         "seconds",
@@ -402,12 +417,26 @@ class BroadcasterConfig:
     def __post_init__(self) -> None:
         for row in options():
             row.check(getattr(self, row.name))
+        if self.tls_cert is None:
+            if self.tls_key is not None or self.tls_client_ca is not None:
+                raise ConfigError("tls_key and tls_client_ca need tls_cert")
+            if self.has_secure_peer_port:
+                raise ConfigError(
+                    f"peer_url: {self.peer_url} leads to a port that is opened for it; https there"
+                    " needs tls_cert"
+                )
         try:
             self.missed_delay(self.missed_max_retries - 1)
         except OverflowError:
             raise ConfigError(
                 "missed_expo_base is too large: the last pause before a MISSED notice is no number"
             ) from None
+
+    @property
+    def has_secure_peer_port(self) -> bool:
+        """Whether the port that is opened for other broadcasters speaks https."""
+        url = self.peer_url or ""
+        return url.startswith("https:") and "{port}" in url
 
     @property
     def http_limits(self) -> HttpLimits:

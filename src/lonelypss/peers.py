@@ -28,6 +28,7 @@ from lonelypsp.bodies import (
 )
 from lonelypsp.digest import repr_digest
 from lonelypsp.errors import AuthResult
+from lonelypsp.guard import identity
 from lonelypsp.interests import Interests, Topics
 from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, decode, encode
@@ -36,6 +37,7 @@ from lonelypss.config import BroadcasterConfig, ConfigError, Database
 from lonelypss.intake import Intake, fill
 from lonelypss.routes import _AUTH_TEXTS, Refused, Route, _chunk
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
+from lonelypss.tls import listening
 from lonelypss.tracing import NO_TRACING, MessageStep, Tracing
 from lonelypss.urlpolicy import PEER_PATHS, UrlRefused, parse_target
 
@@ -49,7 +51,6 @@ RECEIVE, MISSED = PEER_PATHS
 _AT_ONCE = 1000  # rows in the hands of the store
 _MAX_MISSED = 2 * (2 + 65_535)
 _RETRY_PAUSE = 1.0
-_KEEP_ALIVE = 60
 _GRACE = 5
 
 
@@ -317,6 +318,7 @@ class Peers:
         ConfigError: `peer_url` is no url that others could use.
 
     Attributes:
+        tls: of the port that is opened for them; None: it speaks plain HTTP.
         table: the endpoints, by path. They belong to the main port as well, where `peer_url` leads
             if it names no port of its own.
     """
@@ -343,6 +345,7 @@ class Peers:
             RECEIVE: _Endpoint(self._receive, config),
             MISSED: _Endpoint(self._missed, config),
         }
+        self.tls = listening(config) if config.has_secure_peer_port else None
         self._running = AsyncExitStack()
         _check_url(peer_url(config, 1))
 
@@ -469,7 +472,10 @@ class Peers:
     def _check(self, scope: Scope, operation: str, signed: dict[str, Any]) -> None:
         value = _header(scope, b"authorization")
         result = self.config.auth.to_subscriber.check(
-            operation, signed, None if value is None else value.decode("latin-1"), self.clock()
+            operation,
+            {**signed, **identity(scope)},
+            None if value is None else value.decode("latin-1"),
+            self.clock(),
         )
         if result is not AuthResult.OK:
             retry = 1 if result is AuthResult.UNAVAILABLE else None
@@ -566,7 +572,7 @@ async def _listening(peers: Peers) -> AsyncIterator[int]:
     try:
         import uvicorn
 
-        from lonelypss.server import http_protocol
+        from lonelypss.server import Listening, http_protocol
     except ImportError as e:
         raise ConfigError(
             f"{e}: websockets of several processes on one database need"
@@ -591,11 +597,10 @@ async def _listening(peers: Peers) -> AsyncIterator[int]:
             proxy_headers=False,
             server_header=False,
             date_header=False,
-            timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=_GRACE,
         )
         config.load()
-        server = uvicorn.Server(config)
+        server = Listening(config, peers.tls, peers.config)
         server.lifespan = config.lifespan_class(config)
         # Not serve(): that would take over the signals of this process.
         await server.startup(sockets=[sock])

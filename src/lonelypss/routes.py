@@ -35,7 +35,7 @@ from lonelypsp.bodies import (
 from lonelypsp.errors import AuthResult, RemoteProtocolError
 from lonelypsp.etag import strong_etag
 from lonelypsp.explain import REQUEST_HEADER
-from lonelypsp.guard import HttpLimits, patient
+from lonelypsp.guard import HttpLimits, identity, patient
 from lonelypsp.replay import Code
 from lonelypsp.spool import Body
 from lonelypsp.wire import HeadParser, Reader, decode, encode, read
@@ -329,7 +329,7 @@ class Routes:
         authorization = values[0].decode("latin-1") if values else None
         operation = _endpoint(scope).request_operation
         result = self.config.auth.to_broadcaster.check(
-            operation, {"tracing": tracing, **signed}, authorization, time.time()
+            operation, {"tracing": tracing, **signed, **identity(scope)}, authorization, time.time()
         )
         if result is not AuthResult.OK:
             retry = 1 if result is AuthResult.UNAVAILABLE else None

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from ssl import SSLContext
 from types import FrameType
 from typing import Any
 
@@ -31,8 +32,7 @@ from websockets.protocol import State
 from lonelypsp.frames import Cutter, Mask, framed
 from lonelypsp.guard import guarded, tls_extension
 from lonelypsp.shortcut import with_shortcut
-from lonelypsp.signing import AuthConfig, Nothing
-from lonelypss import logs
+from lonelypss import logs, tls
 from lonelypss.app import App, create_app
 from lonelypss.asgi import ASGIApp
 from lonelypss.config import BroadcasterConfig, ConfigError
@@ -44,9 +44,11 @@ from lonelypss.websocket import BURST, as_closing
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_GRACE = 10
 _STARTUP_FAILURE = 3
 _RESTART_PAUSE = 1.0
 _LINGER = 10.0
+_TLS_GOODBYE = 5.0
 _BURST_BYTES = 256 * 1024  # received and not yet looked at; above it nothing is read
 _apply_mask: Mask = vars(websockets.frames)["apply_mask"]  # in C where that was built
 _BURST_CAME: Any = {"type": "websocket.receive"}
@@ -57,8 +59,8 @@ class Settings:
     """All a worker process needs to know; can be sent to it.
 
     Attributes:
-        config: without its authorization.
-        secrets: path of the secrets file; None: no authorization.
+        config: how it runs.
+        secrets: path of the secrets file, which replaces the authorization in `config`.
         grace: seconds that running requests get when the broadcaster stops.
         log_level: name of a level of `logging`.
         drain: seconds before that stop, in which only /readyz knows of it.
@@ -73,9 +75,9 @@ class Settings:
     log_format: str = "text"
 
     def app(self) -> App:
-        auth = AuthConfig(Nothing(), Nothing())
-        if self.secrets is not None:
-            auth = load_auth(self.secrets, db=self.config.db)
+        if self.secrets is None:
+            return create_app(self.config)
+        auth = load_auth(self.secrets, db=self.config.db)
         return create_app(replace(self.config, auth=auth))
 
     def set_up_logging(self) -> None:
@@ -135,6 +137,20 @@ def serve(
     finally:
         for sock in sockets:
             sock.close()
+
+
+def run(config: BroadcasterConfig, host: str = "127.0.0.1", port: int = 3003) -> None:
+    """What `lonelypss serve` does, for programs with an authenticator of their own in
+    `config.auth`. Runs until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: an option cannot work, or a file cannot be used.
+        OSError: the address is not ours, or in use.
+    """
+    tls.listening(config)
+    settings = Settings(config, None, _GRACE, "info")
+    settings.set_up_logging()
+    serve(settings, bind(host, port), 1, lambda: log.info("listening on %s, port %d", host, port))
 
 
 def http_protocol(config: BroadcasterConfig, shortcuts: Mapping[str, ASGIApp]) -> Any:
@@ -242,16 +258,60 @@ def _leave_all(burst: list[bytes]) -> list[bytes]:
     return burst
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, but a stop on request ends with status 0, and nothing new is started meanwhile."""
+class Listening(uvicorn.Server):
+    """uvicorn on sockets that are open already, with TLS whose files can be read again.
+
+    Args:
+        context: None: it speaks plain HTTP.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, app: App, announce: Callable[[], None], drain: float
+        self, config: uvicorn.Config, context: SSLContext | None, options: BroadcasterConfig
     ) -> None:
         super().__init__(config)
+        self._context = context
+        self._options = options
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(_STARTUP_FAILURE)
+        loop = asyncio.get_running_loop()
+        secure: dict[str, Any] = {}
+        if self._context is not None:
+            secure = {
+                "ssl": self._context,
+                "ssl_handshake_timeout": self._options.incoming_http_timeout_head,
+                "ssl_shutdown_timeout": _TLS_GOODBYE,
+            }
+        self.servers = [
+            await loop.create_server(self._protocol, sock=sock, backlog=_BACKLOG, **secure)
+            for sock in sockets or ()
+        ]
+        self.started = True
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
+
+class _Server(Listening):
+    """A stop on request ends with status 0, and nothing new is started meanwhile."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        settings: Settings,
+        app: App,
+        announce: Callable[[], None],
+    ) -> None:
+        super().__init__(config, tls.listening(settings.config), settings.config)
         self._app = app
         self._announce = announce
-        self._drain = drain
+        self._drain = settings.drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -271,7 +331,19 @@ class _Server(uvicorn.Server):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             loop.add_reader(parent.sentinel, self._orphaned, parent.sentinel)
         loop.add_signal_handler(signal.SIGTERM, self.handle_exit, signal.SIGTERM, None)
+        if self._context is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._read_certificates)
         yield
+
+    def _read_certificates(self) -> None:
+        try:
+            for context in (self._context, self._app.broadcaster.peers.tls):
+                if context is not None:
+                    tls.reload(context, self._options)
+        except ConfigError as e:
+            log.error("the certificate that is in use stays: %s", e)
+        else:
+            log.info("new connections get what is now in %s", self._options.tls_cert)
 
     def _orphaned(self, sentinel: int) -> None:
         asyncio.get_running_loop().remove_reader(sentinel)
@@ -291,12 +363,11 @@ def _run(
     settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
 ) -> None:
     with spans_sent(settings.config):
-        _serve(settings, sockets, announce)
+        make(settings, announce).run(sockets=list(sockets))
 
 
-def _serve(
-    settings: Settings, sockets: Sequence[socket.socket], announce: Callable[[], None]
-) -> None:
+def make(settings: Settings, announce: Callable[[], None]) -> uvicorn.Server:
+    """The server of this process; `announce` is called once requests are going to be answered."""
     app = settings.app()
     shortcuts = {**app.broadcaster.routes.table, **app.broadcaster.peers.table}
     config = uvicorn.Config(
@@ -314,7 +385,7 @@ def _serve(
         backlog=_BACKLOG,
         timeout_graceful_shutdown=settings.grace,
     )
-    _Server(config, app, announce, settings.drain).run(sockets=list(sockets))
+    return _Server(config, settings, app, announce)
 
 
 def _work(settings: Settings, sockets: Sequence[socket.socket]) -> None:
@@ -343,6 +414,7 @@ class _Workers:
 
     def run(self, announce: Callable[[], None]) -> int:
         signal.signal(signal.SIGTERM, self._stop)
+        self._heed_hang_up(self._pass_on)
         processes = self._processes = [self._start() for _ in range(self._number)]
         announce()
         status = 0
@@ -367,12 +439,24 @@ class _Workers:
         return status
 
     def _start(self) -> BaseProcess:
-        # ignored signals stay ignored in the new program, so that Ctrl-C only ever means us
+        # ignored signals stay ignored in the new program, so that Ctrl-C only ever means us, and
+        # SIGHUP means nothing before it is dealt with
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._heed_hang_up(signal.SIG_IGN)
         process = self._context.Process(target=_work, args=self._arguments)
         process.start()
         signal.signal(signal.SIGINT, self._stop)
+        self._heed_hang_up(self._pass_on)
         return process
+
+    def _heed_hang_up(self, handler: Any) -> None:
+        if self._arguments[0].config.tls_cert is not None:  # else it ends us, as any program
+            signal.signal(signal.SIGHUP, handler)
+
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        for process in self._processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signum)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         if self._stopping:  # a second signal does not wait for the drain of the workers

@@ -20,12 +20,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 from lonelypsp import messages as m
 from lonelypsp import session as s
 from lonelypsp.compression import decompress, decompress_pieces
 from lonelypsp.errors import LocalProtocolError
+from lonelypsp.guard import identity
 from lonelypsp.interests import Topics
 from lonelypsp.replay import Code
 from lonelypsp.spool import Body, Spool
@@ -40,6 +42,7 @@ from lonelypss.outgoing import INLINE, Notice, Outgoing, Waiting
 from lonelypss.peers import Registry
 from lonelypss.routes import Refused, as_refused
 from lonelypss.store.base import Subscription
+from lonelypss.tls import Identified
 from lonelypss.tracing import NO_TRACING, MessageStep, Tracing
 
 log = logging.getLogger(__name__)
@@ -330,7 +333,9 @@ class Connection:
     """
 
     def __init__(self, hub: Websockets, scope: Scope, receive: Receive, send: Send) -> None:
-        config = hub.config
+        config, auth = hub.config, hub.config.auth
+        if who := identity(scope):
+            auth = replace(auth, to_broadcaster=Identified(auth.to_broadcaster, who))
         self.hub = hub
         self.config = config
         self.training = False
@@ -339,7 +344,7 @@ class Connection:
         burst: Burst | None = scope.get("extensions", {}).get(BURST)
         self._socket: Burst = burst or _Asgi(receive, send)
         self.session = s.BroadcasterSession(
-            config.auth,
+            auth,
             allow_zstd=hub.dictionaries.allowed,
             allow_training=hub.dictionaries.training_allowed,
             minimal=config.websocket_minimal_headers,
