@@ -417,14 +417,6 @@ class BroadcasterConfig:
     def __post_init__(self) -> None:
         for row in options():
             row.check(getattr(self, row.name))
-        if self.tls_cert is None:
-            if self.tls_key is not None or self.tls_client_ca is not None:
-                raise ConfigError("tls_key and tls_client_ca need tls_cert")
-            if self.has_secure_peer_port:
-                raise ConfigError(
-                    f"peer_url: {self.peer_url} leads to a port that is opened for it; https there"
-                    " needs tls_cert"
-                )
         try:
             self.missed_delay(self.missed_max_retries - 1)
         except OverflowError:

@@ -16,9 +16,16 @@ def listening(config: BroadcasterConfig) -> ssl.SSLContext | None:
     """For `lonelypss serve`; None: it speaks plain HTTP.
 
     Raises:
-        ConfigError: a file cannot be used.
+        ConfigError: a file cannot be used, or an option is missing.
     """
     if config.tls_cert is None:
+        if config.tls_key is not None or config.tls_client_ca is not None:
+            raise ConfigError("tls_key and tls_client_ca need tls_cert")
+        if config.has_secure_peer_port:
+            raise ConfigError(
+                f"peer_url: {config.peer_url} leads to a port that is opened for it; https there"
+                " needs tls_cert"
+            )
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
