@@ -4,12 +4,14 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.client import HTTPConnection
 from itertools import product
 from pathlib import Path
@@ -253,6 +255,21 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         first = eventually(lambda: _children(program.process.pid, 2))
         os.kill(first[0], signal.SIGKILL)
         program.line(f"worker {first[0]} ended with status -9")
+        eventually(lambda: first[0] not in (now := _children(program.process.pid, 2)) and now)
+        result = run("lonelypsc", "notify", "a", "b", f"--broadcaster={url}", cwd=tmp_path)
+        assert result.stdout == "notified 0 subscribers\n", result.stderr
+        assert program.stop() == 0
+
+
+def test_a_worker_waits_for_a_database_that_is_locked(tmp_path: Path) -> None:
+    with broadcaster(tmp_path, "--workers=2") as (program, url):
+        first = eventually(lambda: _children(program.process.pid, 2))
+        with closing(sqlite3.connect(tmp_path / "lonelypss.db")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            os.kill(first[0], signal.SIGKILL)
+            program.line("ended with status -9")
+            program.line("ended with status 75; starting another")
+            other.execute("ROLLBACK")
         eventually(lambda: first[0] not in (now := _children(program.process.pid, 2)) and now)
         result = run("lonelypsc", "notify", "a", "b", f"--broadcaster={url}", cwd=tmp_path)
         assert result.stdout == "notified 0 subscribers\n", result.stderr

@@ -164,10 +164,15 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 
 class App:
-    """ASGI front of a standalone broadcaster: a dict from path to callable."""
+    """ASGI front of a standalone broadcaster: a dict from path to callable.
+
+    Attributes:
+        failure: why it could not start.
+    """
 
     def __init__(self, broadcaster: Broadcaster) -> None:
         self.broadcaster = broadcaster
+        self.failure: Exception | None = None
         self._table = broadcaster.table
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,6 +192,7 @@ class App:
         try:
             await self.broadcaster.__aenter__()
         except Exception as e:
+            self.failure = e
             await send({"type": "lifespan.startup.failed", "message": str(e)})
             raise
         await send({"type": "lifespan.startup.complete"})

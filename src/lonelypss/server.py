@@ -38,6 +38,7 @@ from lonelypss.asgi import ASGIApp
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
 from lonelypss.secrets import load_auth
+from lonelypss.store.base import StoreCorrupt, StoreUnavailable
 from lonelypss.tracing import current_step, spans_sent
 from lonelypss.websocket import BURST, as_closing
 
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 _BACKLOG = 2048
 _GRACE = 10
 _STARTUP_FAILURE = 3
+_TRY_AGAIN = 75  # the database is away or locked, which passes
 _RESTART_PAUSE = 1.0
 _LINGER = 10.0
 _TLS_GOODBYE = 5.0
@@ -275,7 +277,7 @@ class Listening(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
         if self.lifespan.should_exit:
-            sys.exit(_STARTUP_FAILURE)
+            sys.exit(self._startup_status())
         loop = asyncio.get_running_loop()
         secure: dict[str, Any] = {}
         if self._context is not None:
@@ -289,6 +291,9 @@ class Listening(uvicorn.Server):
             for sock in sockets or ()
         ]
         self.started = True
+
+    def _startup_status(self) -> int:
+        return _STARTUP_FAILURE
 
     def _protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class
@@ -319,6 +324,11 @@ class _Server(Listening):
         gc.collect()
         gc.freeze()
         self._announce()
+
+    def _startup_status(self) -> int:
+        failure = self._app.failure
+        passes = isinstance(failure, StoreUnavailable) and not isinstance(failure, StoreCorrupt)
+        return _TRY_AGAIN if passes else _STARTUP_FAILURE
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
