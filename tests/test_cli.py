@@ -189,6 +189,7 @@ def test_serve_without_secrets_warns_loudly(tmp_path: Path) -> None:
     [
         (["--secrets=nowhere.json"], "nowhere.json: No such file"),
         (["--secrets=open.json"], "chmod 600"),
+        (["--host=0.0.0.0"], "on 0.0.0.0, anybody could send and subscribe"),
         (["--config=bad.toml"], "unknown option 'nonsense'"),
         (["--journal-after=-1"], "journal_after is -1.0, must be at least 0"),
         (["--host=host.invalid"], "cannot listen on host.invalid"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lonelypsp import secretsfile
 from lonelypsp.errors import AuthResult, LocalProtocolError
 from lonelypsp.replay import ReplayGuard
+from lonelypsp.rights import NotAllowed
 from lonelypsp.signing import AuthConfig, Hmac, Nothing, Token
 
 KEY = bytes(range(192, 256))
@@ -112,6 +113,11 @@ def entry(**of: Any) -> dict[str, Any]:
 
 
 CANARY = "canary"
+FIRST = {"id": "default", "secret": SECRET}
+
+
+def several(*more: dict[str, Any], **of: Any) -> dict[str, Any]:
+    return entry(**{"type": "hmac", "secret": SECRET, "keys": [FIRST, *more], **of})
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,22 @@ CANARY = "canary"
         pytest.param(entry(type="hmac", secret=CANARY + SECRET), "64 bytes", id="key too long"),
         pytest.param(
             entry(type="hmac", secret=f"{CANARY}\n{SECRET[7:]}"), "64 bytes", id="key with newline"
+        ),
+        pytest.param(several(keys={}), '"keys" must be a list', id="keys as object"),
+        pytest.param(several(keys=[CANARY]), '"keys" must be a list', id="keys of text"),
+        pytest.param(several(keys=[]), "must stand among", id="no keys"),
+        pytest.param(several({"id": "a"}), '"keys": "secret" must be', id="a key without secret"),
+        pytest.param(several({"secret": CANARY}), "the id of a key", id="a key without id"),
+        pytest.param(several({"id": "a b", "secret": CANARY}), "the id of a key", id="bad id"),
+        pytest.param(several({"id": 7, "secret": CANARY}), "the id of a key", id="id a number"),
+        pytest.param(several(FIRST | {"secret": CANARY}), 'the same "id"', id="an id twice"),
+        pytest.param(several(FIRST | {"id": "a"}), 'the same "secret"', id="a secret twice"),
+        pytest.param(several(secret=CANARY), "must stand among", id="another one signs"),
+        pytest.param(several({"id": "a", "secret": CANARY}), "64 bytes", id="a short key"),
+        pytest.param(
+            several({"id": "a", "secret": SECRET[::-1], "rights": CANARY}),
+            '"rights" may',
+            id="rights",
         ),
     ],
 )
@@ -190,3 +212,32 @@ def test_any_direction_loads_or_is_refused(direction: Any) -> None:
 def test_any_secret_loads_or_is_refused_without_telling_it(kind: str, secret: str) -> None:
     message = message_of_refusal(secretsfile.dump({"type": kind, "secret": secret}, None))
     assert secret not in message
+
+
+# several keys
+
+
+@pytest.mark.parametrize("kind", ["hmac", "token"])
+def test_all_verify_and_the_secret_signs(kind: str) -> None:
+    secrets = [secretsfile.generate(kind) for _ in range(3)]
+    keys = [{"id": f"k{n}", **(s or {})} for n, s in enumerate(secrets)]
+    document = {"version": "2", "to-broadcaster": {**(secrets[1] or {}), "keys": keys}}
+    auth = load(document).to_broadcaster
+    assert repr(auth).endswith("(k1, k0, k2)")
+    for n, secret in enumerate(secrets):
+        alone = load({"version": "2", "to-broadcaster": secret}).to_broadcaster
+        value = alone.authorize(OPERATION, FIELDS, NOW)
+        assert auth.check(OPERATION, FIELDS, value, NOW) is AuthResult.OK
+        ours = auth.authorize(OPERATION, FIELDS, NOW)
+        expected = AuthResult.OK if n == 1 else AuthResult.FORBIDDEN
+        assert alone.check(OPERATION, FIELDS, ours, NOW) is expected
+
+
+def test_rights_are_read() -> None:
+    rights = {"notify": ["a/**"], "subscribe": [], "urls": ["http://h"]}
+    tenant = {"id": "tenant", "secret": SECRET[::-1], "created": "2026-01-01", "rights": rights}
+    auth = load(several(tenant)).to_broadcaster
+    signer = load(entry(type="hmac", secret=SECRET[::-1])).to_broadcaster
+    value = signer.authorize(OPERATION, {**FIELDS, "url": "http://i/"}, NOW)
+    with pytest.raises(NotAllowed, match="'tenant'"):
+        auth.check(OPERATION, {**FIELDS, "url": "http://i/"}, value, NOW)

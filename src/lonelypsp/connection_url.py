@@ -16,6 +16,7 @@ import hashlib
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.headers import NONCE_LENGTH
 
+CONNECTION_SCHEME = "websocket:"
 BROADCASTER_START = 1
 SUBSCRIBER_START = -1
 
@@ -34,7 +35,7 @@ def connection_nonce(subscriber_nonce: bytes, broadcaster_nonce: bytes) -> str:
 
 def connection_url(nonce: str, counter: int) -> str:
     """The url of one message."""
-    return f"websocket:{nonce}:{counter:x}"
+    return f"{CONNECTION_SCHEME}{nonce}:{counter:x}"
 
 
 def next_counter(counter: int) -> int:

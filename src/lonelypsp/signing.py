@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from lonelypsp.errors import AuthResult, LocalProtocolError
 from lonelypsp.replay import NOT_SHARED, Remembers, ReplayGuard, Shared, Verdict
+from lonelypsp.rights import Rights
 from lonelypsp.wire import (
     BYTES8,
     BYTES16,
@@ -44,6 +45,7 @@ SECRET_LENGTH = 64
 _SHA512_BLOCK = 128
 
 Fields = Mapping[str, Any]
+DEFAULT_KEY = "default"
 
 
 class Direction(Enum):
@@ -218,7 +220,14 @@ class Authenticator(Protocol):
     def check(
         self, operation: str, fields: Fields, authorization: str | None, now: float
     ) -> AuthResult:
-        """Judges `authorization`, the value that came with a message of these fields."""
+        """Judges `authorization`, the value that came with a message of these fields.
+
+        A request to set subscriptions has a field more, `listed`: a function that gives its exact
+        topics and globs, each with its recovery url. Call it only once all else is right.
+
+        Raises:
+            RemoteProtocolError: with status 403, instead of FORBIDDEN, to say why.
+        """
         ...
 
 
@@ -237,21 +246,49 @@ class Nothing:
         return "Nothing()"
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One of several secrets of a direction.
+
+    Attributes:
+        secret: 64 bytes for `Hmac`, visible ASCII for `Token`.
+        id: for messages and people; never sent.
+        rights: what requests signed with it may do; None: everything.
+    """
+
+    secret: bytes = field(repr=False)
+    id: str = DEFAULT_KEY
+    rights: Rights | None = None
+
+
+def _keys(given: bytes | Sequence[bytes | Key]) -> list[Key]:
+    several = [given] if isinstance(given, bytes) else given
+    return [key if isinstance(key, Key) else Key(key) for key in several]
+
+
 class Token:
     """A shared text in every message. Only over TLS: whoever sees one message can send any.
 
+    Args:
+        tokens: one or several. The first is sent; all are accepted.
+
     Raises:
-        LocalProtocolError: the token is empty or not made of visible ASCII characters.
+        LocalProtocolError: there is none, or one is empty or not made of visible ASCII characters.
+
+    Attributes:
+        shortest: length of the shortest.
     """
 
-    def __init__(self, token: str) -> None:
-        if not re.fullmatch(r"[\x21-\x7e]+", token):
+    def __init__(self, tokens: str | Sequence[Key]) -> None:
+        keys = _keys(tokens.encode("utf-8", "surrogatepass") if isinstance(tokens, str) else tokens)
+        if not keys or not all(re.fullmatch(rb"[\x21-\x7e]+", key.secret) for key in keys):
             raise LocalProtocolError(
                 "a token must be one or more visible ASCII characters;"
                 " write a new secret with `lonelypss setup`"
             )
-        self._value = f"Bearer {token}"
-        self._expected = self._value.encode("ascii")
+        self._expected = [(key, b"Bearer " + key.secret) for key in keys]
+        self._value = self._expected[0][1].decode("ascii")
+        self.shortest = min(len(key.secret) for key in keys)
 
     def authorize(self, operation: str, fields: Fields, now: float) -> str | None:
         return self._value
@@ -261,10 +298,15 @@ class Token:
     ) -> AuthResult:
         if authorization is None:
             return AuthResult.UNAUTHORIZED
-        return AuthResult.OK if _same(authorization, self._expected) else AuthResult.FORBIDDEN
+        for key, expected in self._expected:
+            if _same(authorization, expected):
+                if key.rights is not None:
+                    key.rights.judge(key.id, operation, fields)
+                return AuthResult.OK
+        return AuthResult.FORBIDDEN
 
     def __repr__(self) -> str:
-        return "Token(***)"
+        return f"Token({', '.join(key.id for key, _ in self._expected)})"
 
 
 # one spelling per value: the time without leading zeros; the code behind it is compared as text
@@ -295,8 +337,8 @@ class Hmac:
     """HMAC-SHA-512 over the operation, its fields, the time and a nonce.
 
     Args:
-        secrets: keys of 64 bytes. The first, the newest, signs; all of them verify, so that keys
-            rotate without downtime.
+        secrets: keys of 64 bytes. The first signs; all of them verify, so that keys rotate without
+            downtime.
         replay: remembers values that were accepted, so that each is accepted once.
         token_lifetime: seconds by which the signer's clock may differ from ours, either way.
 
@@ -306,15 +348,16 @@ class Hmac:
 
     def __init__(
         self,
-        secrets: bytes | Sequence[bytes],
+        secrets: bytes | Sequence[bytes | Key],
         *,
         replay: Remembers | None = None,
         token_lifetime: float = TOKEN_LIFETIME,
     ) -> None:
-        given = [secrets] if isinstance(secrets, bytes) else list(secrets)
-        if not given or any(len(key) != SECRET_LENGTH for key in given):
+        keys = _keys(secrets)
+        if not keys or any(len(key.secret) != SECRET_LENGTH for key in keys):
             raise LocalProtocolError(f"hmac needs at least one key, each of {SECRET_LENGTH} bytes")
-        self._secrets = [_Secret(key) for key in given]
+        self._keys = keys
+        self._secrets = [_Secret(key.secret) for key in keys]
         self._lifetime = token_lifetime
         self._replay = ReplayGuard() if replay is None else replay
 
@@ -339,9 +382,11 @@ class Hmac:
             message = to_sign(operation, fields, timestamp, nonce)
         except LocalProtocolError:
             return AuthResult.FORBIDDEN  # values that no signer can have signed
-        for secret in self._secrets:
+        for key, secret in zip(self._keys, self._secrets, strict=True):
             digest = secret.digest(message)
             if _same(received, _base64(digest)):
+                if key.rights is not None:
+                    key.rights.judge(key.id, operation, fields)
                 break
         else:
             return AuthResult.FORBIDDEN
@@ -353,7 +398,7 @@ class Hmac:
         return _VERDICTS[verdict]
 
     def __repr__(self) -> str:
-        return f"Hmac(<{len(self._secrets)} keys>)"
+        return f"Hmac({', '.join(key.id for key in self._keys)})"
 
 
 class _Nonces:

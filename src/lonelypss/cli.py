@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,8 @@ from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss import config as configuration
 from lonelypss import logs, setup_files, tls
 from lonelypss.config import ConfigError, Database, Loaded, Option, options, without_password
-from lonelypss.secrets import SECRETS_FILE, load_auth
+from lonelypss.keys import DIRECTIONS, Files
+from lonelypss.secrets import SECRETS_FILE, check_exposure, load_auth
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.store.choose import make_store
 from lonelypss.urlpolicy import UrlPolicy, UrlRefused
@@ -116,6 +118,16 @@ def _secrets_option(command: Callable[..., None]) -> Callable[..., None]:
         metavar="FILE",
         help=f"The secrets file that `lonelypss setup` wrote.  [default: {SECRETS_FILE} if it"
         " exists, else no authorization]",
+    )(command)
+
+
+def _readable_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--allow-readable-secrets",
+        is_flag=True,
+        envvar="LONELYPSS_ALLOW_READABLE_SECRETS",
+        help="Take a secrets file that other users may read, or that is a link, as where Kubernetes"
+        " mounts it.",
     )(command)
 
 
@@ -280,6 +292,11 @@ Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port t
     " 503: as long as a load balancer takes to notice.",
 )  # fmt: skip
 @click.option(
+    "--insecure", is_flag=True, envvar="LONELYPSS_INSECURE", help="Also listen where others could"
+    " send without a secret, or read it: on an address that is not a loopback, with 'none', or"
+    " with tokens without TLS.",
+)  # fmt: skip
+@click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
     show_default=True, envvar="LONELYPSS_LOG_LEVEL", help="Of the log on stderr.",
 )  # fmt: skip
@@ -288,15 +305,18 @@ Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port t
     envvar="LONELYPSS_LOG_FORMAT", help="Of the log: for people, or one JSON object a line.",
 )  # fmt: skip
 @_json_option
+@_readable_option
 @_configured
 def serve(
     loaded: Loaded,
     secrets: str | None,
+    allow_readable_secrets: bool,
     host: str,
     port: int,
     workers: int,
     grace: int,
     drain: int,
+    insecure: bool,
     log_level: str,
     log_format: str,
     as_json: bool,
@@ -307,7 +327,9 @@ def serve(
     """
     from lonelypss import server
 
-    settings = server.Settings(loaded.config, secrets, grace, log_level, drain, log_format)
+    settings = server.Settings(
+        loaded.config, secrets, grace, log_level, drain, log_format, allow_readable_secrets
+    )
     if log_format == "json":
         settings.set_up_logging()  # now, so that errors go there, too
     in_memory = not Database.at(loaded.config.db).is_shared
@@ -331,8 +353,9 @@ def serve(
             log.warning("%s", warning)
         else:
             click.echo(f"WARNING: {warning}", err=True)
+        auth = loaded.config.auth
     else:
-        load_auth(secrets)
+        auth = load_auth(secrets, allow_readable=allow_readable_secrets)
     tls.listening(loaded.config)
     settings.set_up_logging()
     if not in_memory:
@@ -341,6 +364,18 @@ def serve(
         sockets = server.bind(host, port)
     except OSError as e:
         fail(_bind_error(host, port, e), 2)
+    try:
+        if not insecure:
+            check_exposure(
+                auth,
+                [sock.getsockname()[0] for sock in sockets],
+                encrypted=loaded.config.tls_cert is not None,
+                only_known=loaded.config.tls_client_ca is not None,
+            )
+    except ConfigError:
+        for sock in sockets:
+            sock.close()
+        raise
 
     def announce() -> None:
         _announce(sockets[0], loaded.config.tls_cert is not None, as_json)
@@ -384,14 +419,19 @@ Examples:
 """,
 )
 @_json_option
+@_readable_option
 @_configured
-def check_config(loaded: Loaded, secrets: str | None, as_json: bool) -> None:
+def check_config(
+    loaded: Loaded, secrets: str | None, allow_readable_secrets: bool, as_json: bool
+) -> None:
     """Print every option in force, and where it comes from.
 
     Takes the options of `lonelypss serve`, checks them and the secrets file, starts nothing.
     """
     tls.listening(loaded.config)
-    auth = loaded.config.auth if secrets is None else load_auth(secrets)
+    auth = loaded.config.auth
+    if secrets is not None:
+        auth = load_auth(secrets, allow_readable=allow_readable_secrets)
     rows = [
         (row.name, _masked(getattr(loaded.config, row.name)), row.unit, loaded.sources[row.name])
         for row in options()
@@ -411,6 +451,153 @@ def check_config(loaded: Loaded, secrets: str | None, as_json: bool) -> None:
 
 def _masked(value: Any) -> Any:
     return without_password(value) if isinstance(value, str) else value
+
+
+# keys
+@main.group(
+    epilog="""\b
+A rotation, each step while everything runs (docs/how-to/keys.md):
+  lonelypss keys add            then copy both files to everybody
+  lonelypss keys sign ID        then copy them again
+  lonelypss keys retire OLD     two minutes after the last copy, and copy them again
+"""
+)
+def keys() -> None:
+    """Change the keys of the secrets files, without a restart.
+
+    Whoever runs looks at its secrets file once a second.
+    """
+
+
+_direction_option = click.option(
+    "--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), default=DIRECTIONS,
+    help="Only this one.  [default: both]",
+)  # fmt: skip
+
+
+def _files_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --secrets and --subscribers, and passes on `files`."""
+
+    @wraps(command)
+    def run(secrets: str | None, subscribers: Sequence[str], **rest: Any) -> None:
+        main = Path(secrets or SECRETS_FILE)
+        beside = main.with_name(setup_files.SUBSCRIBER_SECRETS_FILE)
+        others = [Path(p) for p in subscribers] or ([beside] if beside.exists() else [])
+        with _explained():
+            command(files=Files(main, others), **rest)
+
+    option = click.option(
+        "--subscribers", multiple=True, metavar="FILE", help="Secrets files of subscribers, to be"
+        f" changed alike.  [default: {setup_files.SUBSCRIBER_SECRETS_FILE} beside the other, if"
+        " it exists]",
+    )  # fmt: skip
+    return _secrets_option(option(run))
+
+
+@keys.command("ls")
+@_json_option
+@_files_options
+def keys_ls(files: Files, as_json: bool) -> None:
+    """List the keys, never their secrets."""
+    rows = [asdict(key) for key in files.listed()]
+    cells = [
+        (
+            row["id"],
+            row["direction"],
+            row["type"],
+            "signs" if row["signs"] else "verifies",
+            row["created"] or "unknown",
+            "all" if row["rights"] is None else json.dumps(row["rights"]),
+        )
+        for row in rows
+    ]
+    head = ("id", "direction", "type", "use", "created", "rights")
+    _print(rows, as_json, head, cells)
+
+
+@keys.command(
+    "add",
+    epilog="""\b
+Examples:
+  lonelypss keys add
+  lonelypss keys add --id tenant-a --notify 'a/**' --subscribe 'a/**' \\
+      --url http://10.0.1. --write tenant-a-secrets.json
+""",
+)
+@click.option("--id", metavar="ID", help="Its name.  [default: today's date]")
+@_direction_option
+@click.option("--notify", multiple=True, metavar="GLOB", help="It may send to these topics only.")
+@click.option(
+    "--subscribe", multiple=True, metavar="GLOB", help="It may subscribe to these topics only."
+)
+@click.option("--url", multiple=True, metavar="PREFIX", help="It may act for such urls only.")
+@click.option(
+    "--write", metavar="FILE", help="Write a secrets file for the subscriber who gets a key with"
+    " rights.",
+)  # fmt: skip
+@_json_option
+@_files_options
+def keys_add(
+    files: Files,
+    id: str | None,
+    directions: Sequence[str],
+    notify: Sequence[str],
+    subscribe: Sequence[str],
+    url: Sequence[str],
+    write: str | None,
+    as_json: bool,
+) -> None:
+    """Add a new key, which only verifies for now.
+
+    With --notify, --subscribe or --url it has rights: broadcasters accept it from a subscriber, who
+    may do nothing else. Without, it is for everybody.
+    """
+    asked = {"notify": notify, "subscribe": subscribe, "urls": url}
+    rights = {name: list(allowed) for name, allowed in asked.items() if allowed}
+    if bool(write) != bool(rights):
+        raise click.UsageError(
+            "--write goes with rights (--notify, --subscribe, --url): the subscriber who gets such"
+            " a key needs a file of its own"
+        )
+    id, written = files.add(id, directions, rights, Path(write) if write else None)
+    if rights:
+        next_ = f"copy {files.main} to every broadcaster, then give {write} to its subscriber"
+    else:
+        next_ = f"copy the files to everybody; once all have them: lonelypss keys sign {id}"
+    _changed(id, written, next_, as_json)
+
+
+@keys.command("sign")
+@click.argument("id")
+@_direction_option
+@_json_option
+@_files_options
+def keys_sign(files: Files, id: str, directions: Sequence[str], as_json: bool) -> None:
+    """Let the key ID sign from now on. Everybody must know it already."""
+    before = [key.id for key in files.listed() if key.signs and key.id != id]
+    written = files.sign_with(id, directions)
+    old = f"retire {before[0]}" if before else "ls"
+    next_ = f"copy the files to everybody; two minutes after the last: lonelypss keys {old}"
+    _changed(id, written, next_, as_json)
+
+
+@keys.command("retire")
+@click.argument("id")
+@_direction_option
+@_json_option
+@_files_options
+def keys_retire(files: Files, id: str, directions: Sequence[str], as_json: bool) -> None:
+    """Remove the key ID. What is signed with it is refused from then on."""
+    _changed(id, files.retire(id, directions), "copy the files to everybody", as_json)
+
+
+def _changed(id: str, written: Sequence[Path], next_: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"id": id, "written": [str(path) for path in written]}))
+        return
+    for path in written:
+        click.echo(f"wrote {path}")
+    click.echo(f"Next: {next_}")
 
 
 # subs

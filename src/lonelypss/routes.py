@@ -244,7 +244,8 @@ class Routes:
         if head.etag_format != ETAG_FORMAT:
             raise RemoteProtocolError(f"etag format {head.etag_format} is not {ETAG_FORMAT}")
         signed = {"etag_format": head.etag_format, "etag": head.etag}
-        await self._allow(scope, head.tracing, {"url": head.url, **signed})
+        listed = partial(_listed, body)
+        await self._allow(scope, head.tracing, {"url": head.url, "listed": listed, **signed})
         if len(body) < LONG_LIST:
             request = self._checked_list(scope, body)
         else:
@@ -359,6 +360,13 @@ def _endpoint(scope: Scope) -> Endpoint:
     """The row of the protocol's table, also when the router is mounted under a prefix."""
     path: str = scope["path"]
     return BROADCASTER_ENDPOINTS[path[path.rindex("/v1/") :]]
+
+
+def _listed(
+    body: bytes,
+) -> tuple[Sequence[tuple[bytes, str | None]], Sequence[tuple[str, str | None]]]:
+    request = decode(SetSubscriptions, body)
+    return request.exact, request.globs
 
 
 def _etag(url: str, rows: Sequence[Subscription]) -> bytes:

@@ -67,6 +67,7 @@ class Settings:
         log_level: name of a level of `logging`.
         drain: seconds before that stop, in which only /readyz knows of it.
         log_format: one of `logs.FORMATS`.
+        allow_readable_secrets: see `load_auth`.
     """
 
     config: BroadcasterConfig
@@ -75,11 +76,14 @@ class Settings:
     log_level: str
     drain: int = 0
     log_format: str = "text"
+    allow_readable_secrets: bool = False
 
     def app(self) -> App:
         if self.secrets is None:
             return create_app(self.config)
-        auth = load_auth(self.secrets, db=self.config.db)
+        auth = load_auth(
+            self.secrets, db=self.config.db, allow_readable=self.allow_readable_secrets
+        )
         return create_app(replace(self.config, auth=auth))
 
     def set_up_logging(self) -> None:

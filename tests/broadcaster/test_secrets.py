@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,7 +21,7 @@ from lonelypsp.session import Limits, SubscriberSession
 from lonelypsp.signing import AuthConfig
 from lonelypss.app import App, Broadcaster
 from lonelypss.config import ConfigError
-from lonelypss.secrets import load_auth
+from lonelypss.secrets import check_exposure, load_auth
 from servers import serve
 
 from .harness import (
@@ -267,3 +268,144 @@ def test_where_signatures_are_remembered(secrets: Path, tmp_path: Path) -> None:
     load_auth(secrets)
     load_auth(secrets, db="sqlite://")
     assert set(tmp_path.iterdir()) == before
+
+
+# Keys with rights
+
+
+@pytest.fixture
+def tenant(secrets: Path) -> AuthConfig:
+    """Of a subscriber whose key may do little."""
+    document = secretsfile.parse(secrets.read_text())
+    key = {"id": "tenant", "secret": (secretsfile.generate("hmac") or {})["secret"]}
+    rights = {"notify": ["a/**"], "subscribe": ["a/**"], "urls": ["http://localhost"]}
+    entry = document["to-broadcaster"]
+    entry["keys"] = [{"id": "default", "secret": entry["secret"]}, {**key, "rights": rights}]
+    secrets.write_text(json.dumps(document))
+    document["to-broadcaster"] = {"type": "hmac", "secret": key["secret"]}
+    return secretsfile.load(json.dumps(document), ReplayGuard())
+
+
+async def test_rights_over_http(secrets: Path, tenant: AuthConfig) -> None:
+    here, elsewhere = "http://localhost:1/", "http://127.0.0.1:1/"
+    async with on("sqlite://", secrets) as running:
+        peer = Peer(tenant)
+        cases: list[tuple[Signed, str | None]] = [
+            (peer.subscribe(here, b"a/b"), None),
+            (peer.subscribe(here, b"b"), "subscribe"),
+            (peer.subscribe(elsewhere, b"a/b"), "urls"),
+            (peer.subscribe(here, b"a/b", elsewhere), "urls"),
+            (peer.subscribe_glob(here, "a/*"), None),
+            (peer.subscribe_glob(here, "*/b"), "subscribe"),
+            (peer.subscribe(elsewhere, b"a/b", verb="unsubscribe"), "urls"),
+            (peer.check(here), None),
+            (peer.check(elsewhere), "urls"),
+            (peer.set(here, ((b"a/b", None),), (("a/**", None),)), None),
+            (peer.set(here, ((b"a/b", None), (b"b", None))), "subscribe"),
+            (peer.set(here, (), (("**", None),)), "subscribe"),
+            (peer.set(here, ((b"a/b", elsewhere),)), "urls"),
+            (peer.set(elsewhere, ()), "urls"),
+            (peer.notify(b"b"), "notify"),
+        ]
+        for request, missing in cases:
+            response = await running.send(request)
+            assert response.status == (200 if missing is None else 403), (request, response)
+            if missing:
+                assert b"the key 'tenant' has no right to" in response.body
+                assert f"(its '{missing}' rights".encode() in response.body
+        found = {s.pattern for s in await running.store.subscriptions(here)}
+        assert found == {b"a/b", b"a/**"}
+        assert await running.store.subscriptions(elsewhere) == []
+        # of others it cannot do anything, and they can do everything
+        await running.ok(running.peer.subscribe(elsewhere, b"b"))
+        assert (await running.send(peer.notify(b"b"))).status == 403
+        await running.ok(running.peer.notify(b"other"))
+
+
+async def test_a_list_under_the_signature_of_another_one_is_refused(
+    secrets: Path, tenant: AuthConfig
+) -> None:
+    async with on("sqlite://", secrets) as running:
+        peer, url = Peer(tenant), "http://localhost:1/"
+        allowed, other = peer.set(url, ((b"a/b", None),)), peer.set(url, ((b"b", None),))
+        for signed, body in ((allowed, other), (other, allowed)):
+            head = 2 + 2 + len(url) + 1 + 64
+            mixed = Signed(signed.path, signed.body[:head] + body.body[head:], signed.authorization)
+            assert (await running.send(mixed)).status in (400, 403)
+        assert await running.store.subscriptions(url) == []
+
+
+async def test_rights_over_websockets(secrets: Path, tenant: AuthConfig) -> None:
+    async with on("sqlite://", secrets) as running:
+        async with websocket_peer(url_of(running), tenant) as peer:
+            await peer.subscribe(b"a/b", globs=("a/*",))
+            assert await peer.notify(b"a/b", b"x") == 1
+            await peer.send(peer.session.notify(peer.payload(b"b", b"x"), b"x", time.time()))
+            closed = await peer.closed()
+            assert closed.code == 4403
+            assert "no right to send to b'b'" in closed.reason
+        for ask in (lambda s: s.subscribe_exact(b"b", time.time()), _everything):
+            async with websocket_peer(url_of(running), tenant) as peer:
+                await peer.send(ask(peer.session))
+                assert (await peer.closed()).code == 4403
+
+
+def _everything(session: SubscriberSession) -> bytes:
+    return session.subscribe_glob("**", time.time())
+
+
+# What strangers could do
+
+
+class Exposed(NamedTuple):
+    kind: str
+    secret: str | None
+    addresses: list[str]
+    encrypted: bool
+    complaint: str | None
+
+
+LONG, ANYWHERE = "x" * 32, ["127.0.0.1", "10.0.0.5"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Exposed("none", None, ["127.0.0.1", "::1"], False, None),
+        Exposed("none", None, ANYWHERE, False, "on 10.0.0.5, anybody could send"),
+        Exposed("none", None, ["::"], True, "on ::, anybody could send"),
+        Exposed("none", None, ["fe80::1%eth0"], True, "anybody could send"),
+        Exposed("token", LONG, ["127.0.0.2"], False, None),
+        Exposed("token", LONG, ["0.0.0.0"], False, "tokens could be read on the way"),
+        Exposed("token", LONG, ["0.0.0.0"], True, None),
+        Exposed("token", "short", ["0.0.0.0"], True, "a token of 5 characters could be guessed"),
+        Exposed("token", "short", ["127.0.0.1"], False, None),
+        Exposed("hmac", None, ["0.0.0.0"], False, None),
+    ],
+)
+def test_who_could_send_without_a_secret(case: Exposed, secrets: Path) -> None:
+    entry = secretsfile.generate(case.kind)
+    if entry and case.secret:
+        entry["secret"] = case.secret
+    secrets.write_text(secretsfile.dump(entry, None))
+    auth = load_auth(secrets)
+    if case.complaint is None:
+        check_exposure(auth, case.addresses, encrypted=case.encrypted)
+        return
+    check_exposure(auth, case.addresses, encrypted=case.encrypted, only_known=True)
+    with pytest.raises(ConfigError) as caught:
+        check_exposure(auth, case.addresses, encrypted=case.encrypted)
+    assert case.complaint in str(caught.value)
+    assert "--insecure" in str(caught.value)
+    assert LONG not in str(caught.value)
+
+
+def test_secrets_that_others_may_read_are_taken_when_asked_for(secrets: Path) -> None:
+    secrets.chmod(0o644)
+    link = secrets.with_name("link")
+    link.symlink_to(secrets)
+    for path, complaint in ((secrets, "chmod 600"), (link, "it is a link")):
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            load_auth(path)
+        assert "--allow-readable-secrets" in str(caught.value)
+        load_auth(path, allow_readable=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lonelypss.config import BroadcasterConfig
+from lonelypss.keys import DIRECTIONS, Files
 from servers import our_broadcaster
 
 from .peers import Scheme, make_payload, reference_client, write_secrets
@@ -113,3 +114,28 @@ async def test_the_older_client_is_told_what_it_missed(tmp_path: Path) -> None:
         await slow.next_event("on_receiving")
         # the notice did not end the subscription, as it does with the older broadcaster
         assert await slow.check() == slow.expected_etag(exact=[TOPIC])
+
+
+@pytest.mark.parametrize("scheme", ["token", "hmac"])
+async def test_older_clients_know_the_key_that_signs(tmp_path: Path, scheme: Scheme) -> None:
+    """Also while another one is being introduced."""
+    secrets = write_secrets(tmp_path, scheme)
+    secrets.chmod(0o600)
+    Files(secrets).add("new", DIRECTIONS, {}, None)
+    async with (
+        our_broadcaster(secrets=secrets) as ours,
+        reference_client(tmp_path, ours.url, secrets=secrets) as before,
+    ):
+        await before.subscribe_exact(TOPIC)
+        assert await before.notify(TOPIC, b"hello") == 1
+        assert (await before.next_message()).is_exactly(TOPIC, b"hello")
+        assert await before.exit() == []
+    Files(secrets).sign_with("new", DIRECTIONS)
+    async with (
+        our_broadcaster(secrets=secrets) as ours,
+        reference_client(tmp_path, ours.url, secrets=secrets) as after,
+    ):
+        await after.subscribe_exact(TOPIC)
+        assert await after.notify(TOPIC, b"hello") == 1
+        assert (await after.next_message()).is_exactly(TOPIC, b"hello")
+        assert await after.exit() == []

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from pathlib import Path
 
 from lonelypsp import secretsfile
+from lonelypsp.authfile import AuthFile, exposure, read_private
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.replay import Remembers, ReplayGuard, SqliteReplayGuard
-from lonelypsp.signing import Authenticator
+from lonelypsp.signing import AuthConfig, Authenticator
+
+log = logging.getLogger(__name__)
 
 
 def get_auth_config_from_file(
     path: str | os.PathLike[str], *, replay_path: str | os.PathLike[str] | None = None
 ) -> tuple[Authenticator, Authenticator]:
-    """Reads a secrets file.
+    """Reads a secrets file, and reads it again when it changes, so that keys rotate.
 
     Args:
         path: e.g. "subscriber-secrets.json".
@@ -35,11 +38,17 @@ def get_auth_config_from_file(
         if replay_path is None
         else SqliteReplayGuard(os.fspath(replay_path))
     )
-    try:
-        config = secretsfile.load(Path(path).read_text(encoding="utf-8"), replay)
-    except (LocalProtocolError, UnicodeDecodeError) as e:
-        reason = e if isinstance(e, LocalProtocolError) else "not UTF-8 text"
-        raise ValueError(
-            f"{os.fspath(path)}: {reason}; `lonelypss setup` writes such a file"
-        ) from None
+
+    def load() -> AuthConfig:
+        try:
+            return secretsfile.load(read_private(path, allow_readable=True), replay)
+        except (LocalProtocolError, UnicodeDecodeError) as e:
+            reason = e if isinstance(e, LocalProtocolError) else "not UTF-8 text"
+            raise ValueError(
+                f"{os.fspath(path)}: {reason}; `lonelypss setup` writes such a file"
+            ) from None
+
+    config = AuthFile(path, load).config()
+    if reason := exposure(os.stat(path)):
+        log.warning("%s: %s; chmod 600 it", os.fspath(path), reason)
     return config.to_subscriber, config.to_broadcaster
