@@ -19,6 +19,7 @@ from lonelypss.config import BroadcasterConfig, ConfigError, Database
 from lonelypss.fanout import Fanout
 from lonelypss.health import Health
 from lonelypss.intake import Intake
+from lonelypss.leases import NO_LEASES, KeptLeases
 from lonelypss.metrics import NO_METRICS, PrometheusMetrics
 from lonelypss.missed import MissedNotices
 from lonelypss.peers import Peers, Registry
@@ -69,19 +70,35 @@ class Broadcaster:
         if tracing is None:
             tracing = OpenTelemetry() if config.tracing else NO_TRACING
         self.tracing = tracing
-        self.missed = MissedNotices(config, self.store, self.sender, self.metrics, self.tracing)
+        ttl = config.subscription_ttl
+        self.leases = NO_LEASES if ttl is None else KeptLeases(ttl, self.store, self.metrics)
+        self.missed = MissedNotices(
+            config, self.store, self.sender, self.metrics, self.tracing, self.leases
+        )
         self.intake = Intake(config)
         registry: Registry[Connection] = Registry()
         self.websockets = Websockets(config, registry, self.intake, self.metrics, self.tracing)
         self.fanout = Fanout(
-            config, self.store, self.sender, self.missed, self.websockets, self.metrics
+            config,
+            self.store,
+            self.sender,
+            self.missed,
+            self.websockets,
+            self.metrics,
+            self.leases,
         )
         self.websockets.fanout = self.fanout
         self.peers = Peers(
             config, self.store, registry, self.intake, self.websockets, tracing=self.tracing
         )
         self.routes = Routes(
-            config, self.store, self.fanout, self.intake, self.metrics, self.tracing
+            config,
+            self.store,
+            self.fanout,
+            self.intake,
+            self.metrics,
+            self.tracing,
+            self.leases,
         )
         self.health = Health(self.routes)
         self.table: dict[str, ASGIApp] = {
@@ -118,6 +135,8 @@ class Broadcaster:
             starting.push_async_callback(self.sender.close)
             sweeper = asyncio.create_task(self.missed.run(), name="missed notices")
             starting.push_async_callback(_end, sweeper)
+            leases = asyncio.create_task(self.leases.run(), name="stale subscriptions")
+            starting.push_async_callback(_end, leases)
             watch = asyncio.create_task(self.websockets.watch(), name="slow websockets")
             starting.push_async_callback(_end, watch)
             if self.metrics.enabled:

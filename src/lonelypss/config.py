@@ -173,6 +173,26 @@ class BroadcasterConfig:
         " answer that counts nobody.",
         least=0,
     )
+    max_subscriptions_per_url: int | None = _option(
+        1_000_000,
+        "subscriptions",
+        "Of one subscriber's url; a call that adds to more is answered 429.",
+        least=1,
+    )
+    max_subscriptions_per_origin: int | None = _option(
+        10_000_000,
+        "subscriptions",
+        "Of all urls with one scheme, host and port; a call that adds to more is answered 429.",
+        least=1,
+    )
+    subscription_ttl: float | None = _option(
+        None,
+        "seconds",
+        "Without a sign of life, after which a subscriber's subscriptions are removed, once no"
+        " MISSED notice is to come. Give all broadcasters the same, and at least four times the"
+        " resubscribe_interval of the clients (300 s). None: never.",
+        least=1,
+    )
     outgoing_http_timeout_total: float | None = _option(
         30.0,
         "seconds",

@@ -24,6 +24,7 @@ from lonelypsp.spool import Body
 from lonelypsp.tracecontext import hops
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig, UnsubscribeImmediate
+from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.missed import MissedNotices
@@ -131,6 +132,7 @@ class Fanout:
         missed: MissedNotices,
         local: Local,
         metrics: Metrics = NO_METRICS,
+        leases: Leases = NO_LEASES,
     ) -> None:
         self.config = config
         self.store = store
@@ -139,6 +141,7 @@ class Fanout:
         self.local = local
         self.metrics = metrics
         self.failures = Lines(log)
+        self.leases = leases
 
     async def notify(
         self,
@@ -303,6 +306,7 @@ class Round:
 
     def confirm(self, url: str, count: int) -> None:
         self.count += count
+        self.fanout.leases.seen(url)
         self._settled(url, "confirmed")
 
     def unsubscribe(self, url: str) -> None:

@@ -64,6 +64,9 @@ class Metrics:
     def looped(self) -> None:
         """A message was refused because it goes round in circles."""
 
+    def pruned(self, subscriptions: int) -> None:
+        """A url gave no sign of life, and its subscriptions were removed."""
+
     def sample(self, values: Mapping[str, float]) -> None:
         """The present values of `GAUGES`."""
 
@@ -121,6 +124,9 @@ class PrometheusMetrics(Metrics):
         self._loops = counter("loops", "Messages refused because of max_hops.")
         for outcome in ("recorded", "confirmed", "retried", "given_up"):
             self._notices.labels(outcome)  # from 0 on: the first one counts in an increase()
+        self._pruned = counter(
+            "subscriptions_pruned", "Subscriptions of urls without a sign of life, removed."
+        )
         self._gauges = {
             name: prometheus.Gauge(
                 f"lonelypss_{name}",
@@ -153,6 +159,9 @@ class PrometheusMetrics(Metrics):
 
     def looped(self) -> None:
         self._loops.inc()
+
+    def pruned(self, subscriptions: int) -> None:
+        self._pruned.inc(subscriptions)
 
     def sample(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -17,6 +17,7 @@ from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.replay import Code
 from lonelypsp.wire import decode, encode
 from lonelypss.config import BroadcasterConfig
+from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.sender import Post, Reply, Sender, authorization_header
@@ -49,6 +50,7 @@ class MissedNotices:
         sender: Sender,
         metrics: Metrics = NO_METRICS,
         tracing: Tracing = NO_TRACING,
+        leases: Leases = NO_LEASES,
     ) -> None:
         self.config = config
         self.store = store
@@ -56,6 +58,7 @@ class MissedNotices:
         self.metrics = metrics
         self.tracing = tracing
         self.attempts = Lines(log)
+        self.leases = leases
         self._wake = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._journal: dict[tuple[int, bytes], _Note] = {}
@@ -204,6 +207,7 @@ class MissedNotices:
                 url=notice.recovery,
             )
             self.metrics.notice("confirmed")
+            await self.leases.seen_at_last(notice.url)
             await self.store.finish_missed(notice, time.time())
             return
         delay = self.config.missed_delay(notice.attempts + 1)

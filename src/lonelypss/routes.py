@@ -43,9 +43,17 @@ from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import NO_REPORT, Explained, Fanout, Report
 from lonelypss.intake import Intake, NoRoom, fill
+from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
-from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription, UsedBefore
+from lonelypss.store.base import (
+    Kind,
+    OverQuota,
+    Store,
+    StoreUnavailable,
+    Subscription,
+    UsedBefore,
+)
 from lonelypss.tracing import NO_TRACING, Tracing
 from lonelypss.urlpolicy import UrlRefused
 
@@ -129,7 +137,15 @@ class Route:
         )
 
 
-_FORESEEN = (Refused, RemoteProtocolError, UrlRefused, StoreUnavailable, UsedBefore, NoRoom)
+_FORESEEN = (
+    Refused,
+    RemoteProtocolError,
+    UrlRefused,
+    StoreUnavailable,
+    UsedBefore,
+    NoRoom,
+    OverQuota,
+)
 
 
 def as_refused(e: Exception) -> Refused:
@@ -145,6 +161,8 @@ def as_refused(e: Exception) -> Refused:
             return Refused(400, str(e))
         case UsedBefore():
             return Refused(403, _AUTH_TEXTS[AuthResult.FORBIDDEN])
+        case OverQuota():
+            return Refused(429, str(e))
         case StoreUnavailable():
             return Refused(503, f"the database is not available: {e}", e.retry_after)
     raise e
@@ -166,9 +184,11 @@ class Routes:
         intake: Intake,
         metrics: Metrics = NO_METRICS,
         tracing: Tracing = NO_TRACING,
+        leases: Leases = NO_LEASES,
     ) -> None:
         self.config = config
         self.store = store
+        self.leases = leases
         self.fanout = fanout
         self.intake = intake
         self.leaving = False
@@ -194,7 +214,11 @@ class Routes:
         signed = {"url": request.url, "recovery": request.recovery, "topic": request.topic}
         await self._allow(scope, request.tracing, signed)
         self._check_urls(scope, request.url, request.recovery)
-        if not await self.store.subscribe(Kind.EXACT, request.topic, request.url, request.recovery):
+        is_new = await self.store.subscribe(
+            Kind.EXACT, request.topic, request.url, request.recovery
+        )
+        self.leases.seen(request.url)
+        if not is_new:
             raise Refused(409, "this url is subscribed to this topic already")
         return self._generic(scope, signed)
 
@@ -203,9 +227,11 @@ class Routes:
         signed = {"url": request.url, "recovery": request.recovery, "glob": request.glob}
         await self._allow(scope, request.tracing, signed)
         self._check_urls(scope, request.url, request.recovery)
-        if not await self.store.subscribe(
+        is_new = await self.store.subscribe(
             Kind.GLOB, request.glob.encode("utf-8"), request.url, request.recovery
-        ):
+        )
+        self.leases.seen(request.url)
+        if not is_new:
             raise Refused(409, "this url is subscribed to this glob already")
         return self._generic(scope, signed)
 
@@ -229,6 +255,8 @@ class Routes:
         request = decode(CheckSubscriptions, await self._whole_body(receive))
         await self._allow(scope, request.tracing, {"url": request.url})
         rows = await self.store.subscriptions(request.url)
+        if rows:
+            self.leases.seen(request.url)
         if len(rows) < LONG_LIST // 100:
             etag = _etag(request.url, rows)
         else:
@@ -251,6 +279,8 @@ class Routes:
         else:
             request = await asyncio.to_thread(self._checked_list, scope, body)
         await self.store.set_subscriptions(request.url, request.exact, request.globs)
+        if request.exact or request.globs:
+            self.leases.seen(request.url)
         return self._generic(scope, signed)
 
     def _checked_list(self, scope: Scope, body: bytes) -> SetSubscriptions:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +29,8 @@ from hypothesis.stateful import (
 
 import postgres
 from lonelypsp.globs import glob_matches
-from lonelypss.store import Kind, MissedNotice, Store, Subscription, globset
+from lonelypss.store import Kind, MissedNotice, OverQuota, Quotas, Store, Subscription, globset
+from lonelypss.store.base import PRUNED_AT_ONCE
 from lonelypss.store.postgres import PostgresStore
 from lonelypss.store.sqlite import SqliteStore
 
@@ -38,25 +42,26 @@ class Factory:
     """How to make a store.
 
     Attributes:
-        make: called with a directory of its own; twice with one directory means one database.
+        make: called with a directory of its own, and options of the store; twice with one directory
+            means one database.
         shared: whether what is in the database outlives a store, and others see it.
     """
 
     name: str
-    make: Callable[[Path], Store]
+    make: Callable[..., Store]
     shared: bool = True
 
 
-def in_postgres(directory: Path) -> Store:
+def in_postgres(directory: Path, **options: Any) -> Store:
     url = directory / "url"
     if not url.exists():
         url.write_text(postgres.shared().database())
-    return PostgresStore(url.read_text())
+    return PostgresStore(url.read_text(), **options)
 
 
 FACTORIES = [
-    Factory("sqlite-file", lambda directory: SqliteStore(str(directory / "store.db"))),
-    Factory("sqlite-memory", lambda _: SqliteStore(None), shared=False),
+    Factory("sqlite-file", lambda path, **options: SqliteStore(str(path / "store.db"), **options)),
+    Factory("sqlite-memory", lambda _, **options: SqliteStore(None, **options), shared=False),
     Factory("postgres", in_postgres),
 ]
 
@@ -72,6 +77,38 @@ async def store(factory: Factory, tmp_path: Path) -> AsyncIterator[Store]:
     await store.open()
     yield store
     await store.close()
+
+
+@asynccontextmanager
+async def limited(factory: Factory, directory: Path, number: int = 1) -> AsyncIterator[list[Store]]:
+    """Stores with quotas of 5 for a url and 8 for an origin."""
+    stores = [factory.make(directory, quotas=Quotas(5, 8)) for _ in range(number)]
+    try:
+        for store in stores:
+            await store.open()
+        yield stores
+    finally:
+        for store in stores:
+            await store.close()
+
+
+async def counters(store: Store) -> tuple[dict[str, int], dict[str, int]]:
+    """What the database has counted by url and by origin."""
+    if isinstance(store, SqliteStore):
+        return await store._read(
+            lambda db: (
+                dict(db.execute("SELECT url, subscriptions FROM subscribers")),
+                dict(db.execute("SELECT origin, subscriptions FROM origins")),
+            )
+        )
+    assert isinstance(store, PostgresStore)
+
+    async def work(db: Any) -> tuple[dict[str, int], dict[str, int]]:
+        by_url = await db.fetch("SELECT url, subscriptions FROM lonelyps_subscribers")
+        by_origin = await db.fetch("SELECT origin, subscriptions FROM lonelyps_origins")
+        return {url.decode(): n for url, n in by_url}, dict(map(tuple, by_origin))
+
+    return await store._call(work, None)
 
 
 @pytest.fixture
@@ -418,7 +455,7 @@ async def test_a_notice_from_failure_to_confirmation(store: Store, topic: bytes)
     assert await store.next_due() == 100.0
     assert await store.claim_missed(99.0, 10, 60.0) == []
     (notice,) = await store.claim_missed(100.0, 10, 60.0)
-    assert notice == MissedNotice(notice.id, 1, subscription.id, RECOVERY, topic, 0)
+    assert notice == MissedNotice(notice.id, 1, subscription.id, RECOVERY, topic, 0, A)
     assert await store.next_due() == 160.0
     assert await store.claim_missed(159.0, 10, 60.0) == []
     await store.finish_missed(notice, 101.0)
@@ -602,6 +639,220 @@ async def test_a_peer_that_stops_takes_its_subscriptions_along(store: Store) -> 
     assert urls(await store.match(b"t")) == [B]
     assert not await store.renew_peer(A, until=40.0, now=1.0)
     assert await store.renew_peer(B, until=40.0, now=1.0)
+
+
+# Quotas
+
+
+ORIGINS = [
+    ("http://h/x", "http://h"),
+    ("http://H:80/y", "http://h"),
+    ("http://h?q", "http://h"),
+    ("http://h:443#f", "http://h:443"),
+    ("https://h", "https://h"),
+    ("https://h:443/x:80", "https://h"),
+    ("https://h:80", "https://h:80"),
+    ("http://[::1]:3002/a#b", "http://[::1]:3002"),
+    ("http://10.0.0.1:8080/a?b", "http://10.0.0.1:8080"),
+]
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_what_is_counted(store: Store, kind: Kind) -> None:
+    for number, (url, _) in enumerate(ORIGINS, 1):
+        for n in range(number):
+            assert await store.subscribe(kind, b"%d" % n, url, None)
+            assert not await store.subscribe(kind, b"%d" % n, url, None)
+    by_origin: Counter[str] = Counter()
+    for number, (_, origin) in enumerate(ORIGINS, 1):
+        by_origin[origin] += number
+    expected = {url: number for number, (url, _) in enumerate(ORIGINS, 1)}
+    assert await counters(store) == (expected, by_origin)
+    await store.drop([s for url in expected for s in await store.subscriptions(url)])
+    assert await counters(store) == ({}, {})
+
+
+async def full(store: Store, url: str = A) -> None:
+    await store.set_subscriptions(url, [(b"1", None), (b"2", None), (b"3", None)], [("4", None)])
+    await store.subscribe(Kind.GLOB, b"5", url, None)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.subscribe(Kind.EXACT, b"6", A, None),
+        lambda store: store.subscribe(Kind.GLOB, b"6", A, None),
+        lambda store: store.set_subscriptions(A, [(b"%d" % n, None) for n in range(6)], []),
+        lambda store: store.set_subscriptions(A, [], [(f"{n}", None) for n in range(6)]),
+    ],
+    ids=["exact", "glob", "set exact", "set globs"],
+)
+async def test_one_too_many_changes_nothing(
+    factory: Factory, tmp_path: Path, call: Callable[[Store], Coroutine[Any, Any, Any]]
+) -> None:
+    async with limited(factory, tmp_path) as (store,):
+        await full(store)
+        before = await store.subscriptions(A)
+        with pytest.raises(
+            OverQuota, match=r"more than 5 subscriptions \(max_subscriptions_per_url"
+        ):
+            await call(store)
+        assert await store.subscriptions(A) == before
+        assert await store.match(b"6") == []
+        assert await counters(store) == ({A: 5}, {"http://a": 5})
+        # what adds nothing is welcome, and so is what comes after something went
+        assert not await store.subscribe(Kind.EXACT, b"1", A, None)
+        await store.set_subscriptions(A, [(b"1", RECOVERY), (b"2", None), (b"9", None)], [])
+        assert await store.subscribe(Kind.GLOB, b"7", A, None)
+        assert await store.unsubscribe(Kind.EXACT, b"1", A)
+        assert await store.subscribe(Kind.EXACT, b"8", A, None)
+        assert await counters(store) == ({A: 4}, {"http://a": 4})
+
+
+async def test_an_origin_has_a_quota_of_its_own(factory: Factory, tmp_path: Path) -> None:
+    async with limited(factory, tmp_path) as (store,):
+        await full(store, "http://h/1")
+        for n in range(3):
+            assert await store.subscribe(Kind.EXACT, b"%d" % n, "http://H:80/2", None)
+        for url in ("http://h/2", "http://h/3", "http://h#1"):
+            with pytest.raises(OverQuota, match=r"than 8 .*max_subscriptions_per_origin"):
+                await store.subscribe(Kind.EXACT, b"x", url, None)
+        assert await store.subscribe(Kind.EXACT, b"x", "http://h:81/1", None)
+        assert await store.subscribe(Kind.EXACT, b"x", "https://h/1", None)
+
+
+async def test_a_broadcaster_has_no_quota(factory: Factory, tmp_path: Path) -> None:
+    async with limited(factory, tmp_path) as (store,):
+        await full(store, B)
+        await store.renew_peer(A, until=30.0, now=0.0)
+        await full(store)
+        for n in range(20):
+            assert await store.subscribe(Kind(n % 2), b"more/%d" % n, A, None)
+        await store.set_subscriptions(A, [(b"%d" % n, None) for n in range(30)], [])
+        assert await counters(store) == ({B: 5}, {"http://b": 5})
+        await store.remove_peer(A)
+        await full(store)
+        assert await counters(store) == ({A: 5, B: 5}, {"http://a": 5, "http://b": 5})
+        await store.renew_peer(A, until=30.0, now=0.0)
+        assert await counters(store) == ({B: 5}, {"http://b": 5})
+        assert await store.drop_dead_peers(31.0) == [A]
+        assert await counters(store) == ({B: 5}, {"http://b": 5})
+
+
+async def test_quotas_hold_when_many_ask_at_once(factory: Factory, tmp_path: Path) -> None:
+    number = 3 if factory.shared else 1
+    async with limited(factory, tmp_path, number) as stores:
+        outcomes = await asyncio.gather(
+            *(
+                stores[n % number].subscribe(Kind(n // 3 % 2), b"%d" % n, f"http://h/{n % 2}", None)
+                for n in range(30)
+            ),
+            return_exceptions=True,
+        )
+        assert outcomes.count(True) == 8
+        assert all(o is True or isinstance(o, OverQuota) for o in outcomes)
+        by_url, by_origin = await counters(stores[0])
+        assert by_origin == {"http://h": 8}
+        assert sum(by_url.values()) == 8
+        assert max(by_url.values()) <= 5
+
+
+# Subscribers that give no sign of life
+
+
+TTL = 100.0
+
+
+async def begun(store: Store) -> float:
+    """When those who subscribe now, and all who have, are looked after for the first time."""
+    for url in (A, B):
+        assert await store.subscribe(Kind.EXACT, b"t", url, RECOVERY)
+        assert await store.subscribe(Kind.GLOB, b"t*", url, None)
+    now = time.time() + 10_000
+    assert await store.prune(now, TTL, now + 30) == {}
+    return now
+
+
+async def look(store: Store, now: float, until: float) -> dict[str, int]:
+    """What is pruned while somebody looks every 20 seconds."""
+    pruned: dict[str, int] = {}
+    while now < until:
+        now = min(now + 20, until)
+        pruned |= await store.prune(now, TTL, now + 30)
+    return pruned
+
+
+async def test_who_gives_no_sign_of_life_is_pruned(store: Store) -> None:
+    now = await begun(store)
+    await store.renew_leases([A, "http://nobody/"], now + 50)
+    await store.renew_leases([A], now + 1)  # somebody with a slow clock
+    assert await look(store, now, now + 99) == {}
+    assert await look(store, now + 99, now + 101) == {B: 2}
+    assert urls(await store.match(b"t")) == [A, A]
+    assert await look(store, now + 101, now + 149) == {}
+    assert await look(store, now + 149, now + 151) == {A: 2}
+    assert await store.match(b"t") == []
+    assert await counters(store) == ({}, {})
+
+
+async def test_all_begin_anew_when_nobody_has_looked(store: Store) -> None:
+    now = await begun(store)
+    assert await look(store, now, now + 80) == {}
+    later = now + 5_000  # all broadcasters were stopped
+    assert await look(store, later, later + 99) == {}
+    assert await look(store, later + 99, later + 121) == {A: 2, B: 2}
+
+
+async def test_a_new_subscriber_has_the_whole_time(store: Store) -> None:
+    now = time.time()
+    await store.prune(now - 1_000, TTL, now + 1_000)
+    assert await store.subscribe(Kind.EXACT, b"t", A, None)
+    assert await store.prune(now + 90, TTL, now + 1_000) == {}
+    assert await store.prune(now + 1_000, TTL, now + 2_000) == {A: 1}
+
+
+async def test_nobody_is_pruned_while_a_notice_is_to_come(store: Store) -> None:
+    now = await begun(store)
+    missed = next(s for s in await store.subscriptions(A) if s.recovery)
+    await store.record_missed([(missed, b"t")], now + 1)
+    assert await look(store, now, now + 500) == {B: 2}
+    (notice,) = await store.claim_missed(now + 500, 9, 60.0)
+    assert notice.url == A
+    assert await look(store, now + 500, now + 520) == {}
+    await store.retry_missed(notice, now + 900)
+    assert await look(store, now + 520, now + 899) == {}
+    await store.finish_missed(notice, now + 900)
+    assert await look(store, now + 899, now + 901) == {A: 2}
+
+
+async def test_broadcasters_are_not_pruned(store: Store) -> None:
+    now = await begun(store)
+    await store.renew_peer(A, until=now + 9_000, now=now)
+    assert await look(store, now, now + 500) == {B: 2}
+    assert urls(await store.match(b"t")) == [A, A]
+
+
+async def test_only_one_prunes(store: Store, other: Store) -> None:
+    now = await begun(store)
+    await look(store, now, now + 90)
+    pruned = await asyncio.gather(
+        *(s.prune(now + 110, TTL, now + 140) for _ in range(5) for s in (store, other))
+    )
+    assert sorted(filter(None, pruned), key=len) in (
+        [{A: 2, B: 2}],
+        [{A: 2}, {B: 2}],
+        [{B: 2}, {A: 2}],
+    )
+
+
+async def test_many_are_pruned_in_turns(store: Store) -> None:
+    for n in range(PRUNED_AT_ONCE + 3):
+        await store.subscribe(Kind(n % 2), b"t", f"http://{n}/", None)
+    now = time.time() + 10_000
+    await store.prune(now, TTL, now + 1_000)
+    assert len(await store.prune(now + 101, TTL, now + 1_000)) == PRUNED_AT_ONCE
+    assert len(await store.prune(now + 101, TTL, now + 1_000)) == 3
+    assert await store.prune(now + 101, TTL, now + 1_000) == {}
 
 
 # All of it at random, against a dict
@@ -828,6 +1079,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.learn_ids()
         return sorted({key[2] for key in gone})
 
+    @rule(url=URLS)
+    def renew_lease(self, url: str) -> None:
+        self.run(self.store.renew_leases([url], self.now))
+
     @precondition(lambda self: self.factory.shared)
     @rule()
     def reopen(self) -> None:
@@ -845,6 +1100,11 @@ class StoreMachine(RuleBasedStateMachine):
             "glob": len(self.rows) - exact,
             "missed": len(self.missed),
         }
+        counted = Counter(url for _, _, url in self.rows if url not in self.alive)
+        assert self.run(counters(self.store)) == (
+            counted,
+            {url.removesuffix("/receive"): number for url, number in counted.items()},
+        )
         due = min((max(m.due, m.lease) for m in self.missed.values()), default=None)
         assert self.run(self.store.next_due()) == due
 

@@ -3,6 +3,8 @@
 from lonelypss.store.base import (
     Kind,
     MissedNotice,
+    OverQuota,
+    Quotas,
     Store,
     StoreCorrupt,
     StoreUnavailable,
@@ -12,6 +14,8 @@ from lonelypss.store.base import (
 __all__ = [
     "Kind",
     "MissedNotice",
+    "OverQuota",
+    "Quotas",
     "Store",
     "StoreCorrupt",
     "StoreUnavailable",

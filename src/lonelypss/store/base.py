@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import resources
 from typing import NamedTuple, Protocol
 
 from lonelypsp.replay import Code
+
+PRUNED_AT_ONCE = 100
 
 
 class Kind(IntEnum):
@@ -51,6 +53,7 @@ class MissedNotice:
         generation: grows with each further failure, so that one during the notice is not lost.
         recovery: where to send the notice.
         attempts: how often that failed before.
+        url: where the messages would have gone.
     """
 
     id: int
@@ -59,6 +62,36 @@ class MissedNotice:
     recovery: str
     topic: bytes
     attempts: int
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """How many subscriptions there may be; None: any number. Broadcasters' own urls are exempt.
+
+    Attributes:
+        per_url: of one url.
+        per_origin: of all urls with one scheme, host and port together.
+    """
+
+    per_url: int | None = None
+    per_origin: int | None = None
+
+    def check(self, of_url: int, of_origin: int) -> None:
+        """
+        Raises:
+            OverQuota: there are more.
+        """
+        for name, limit, found in (
+            ("max_subscriptions_per_url", self.per_url, of_url),
+            ("max_subscriptions_per_origin", self.per_origin, of_origin),
+        ):
+            if limit is not None and found > limit:
+                raise OverQuota(f"more than {limit:,} subscriptions ({name})")
+
+
+class OverQuota(Exception):
+    """There would be too many subscriptions; nothing was changed. The text names the option."""
 
 
 class StoreUnavailable(Exception):
@@ -133,6 +166,7 @@ class Store(Protocol):
 
         Raises:
             UnicodeDecodeError: a glob is not UTF-8.
+            OverQuota: there would be too many.
         """
 
     async def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> bool:
@@ -150,6 +184,9 @@ class Store(Protocol):
         """Replace all subscriptions of `url` by these pairs of pattern and recovery, or none.
 
         A subscription that was there before keeps its id; if nothing changes, nothing is written.
+
+        Raises:
+            OverQuota: some are new, and there would be too many.
         """
 
     async def drop(self, subscriptions: Sequence[Subscription]) -> None:
@@ -203,6 +240,27 @@ class Store(Protocol):
 
         Returns:
             The urls that had subscriptions, sorted.
+        """
+
+    # Subscribers that give no sign of life
+
+    async def renew_leases(self, urls: Collection[str], now: float) -> None:
+        """Note that these subscribers were alive at `now`. A new one counts as alive at first."""
+
+    async def prune(self, now: float, ttl: float, until: float) -> dict[str, int]:
+        """Remove all subscriptions of some urls that gave no sign of life for `ttl` seconds.
+
+        Of several who call this at one time, only one gets to remove a url. Urls for which a notice
+        is still to be sent, and those of broadcasters, are left alone. If nobody called this before
+        the time that the last call gave as `until`, signs of life may have gone unnoticed: all
+        count as alive at `now`, then.
+
+        Args:
+            until: by when it is called again at the latest.
+
+        Returns:
+            How many subscriptions each url had. If that are `PRUNED_AT_ONCE` urls, there may be
+            more.
         """
 
     async def counts(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lonelypss.config import BroadcasterConfig, Database
-from lonelypss.store.base import Store
+from lonelypss.store.base import Quotas, Store
 from lonelypss.store.sqlite import SqliteStore
 
 
@@ -14,8 +14,14 @@ def make_store(config: BroadcasterConfig) -> Store:
         ConfigError: `config.db` is no url of a database.
     """
     database = Database.at(config.db)
+    quotas = Quotas(config.max_subscriptions_per_url, config.max_subscriptions_per_origin)
     if database.is_remote:
         from lonelypss.store.postgres import PostgresStore
 
-        return PostgresStore(config.db, pool_size=config.db_pool_size, timeout=config.db_timeout)
-    return SqliteStore(database.path)
+        return PostgresStore(
+            config.db,
+            pool_size=config.db_pool_size,
+            timeout=config.db_timeout,
+            quotas=quotas,
+        )
+    return SqliteStore(database.path, quotas=quotas)

@@ -20,7 +20,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -30,8 +30,11 @@ from lonelypsp.replay import Code
 from lonelypsp.signing import TOKEN_LIFETIME
 from lonelypss.config import without_password
 from lonelypss.store.base import (
+    PRUNED_AT_ONCE,
     Kind,
     MissedNotice,
+    OverQuota,
+    Quotas,
     StoreCorrupt,
     StoreUnavailable,
     Subscription,
@@ -73,18 +76,28 @@ class PostgresStore:
         pool_size: most connections of this process.
         timeout: seconds for a call, waiting for a connection included; longer for what changes
             many rows.
+        quotas: how many subscriptions there may be.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 10, timeout: float = 1.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 10,
+        timeout: float = 1.0,
+        quotas: Quotas | None = None,
+    ) -> None:
         self._url, self._options = _split(url)
         self.name = without_password(url)
         self._pool_size = pool_size
         self._timeout = timeout
+        self._quotas = quotas or Quotas()
+        self._limits = (self._quotas.per_url, self._quotas.per_origin)
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
 
     async def open(self) -> None:
         asyncpg = _asyncpg()
-        self._errors = _Errors(asyncpg, self.name)
+        self._errors = _Errors(asyncpg, self.name, self._quotas)
         self._globs = GlobSet(self._read_globs)
         self._asked: dict[bytes, asyncio.Future[Sequence[Subscription]]] = {}
         self._marks: dict[Code, asyncio.Future[None]] = {}
@@ -316,8 +329,8 @@ class PostgresStore:
     async def subscribe(self, kind: Kind, pattern: bytes, url: str, recovery: str | None) -> bool:
         if kind == Kind.GLOB:
             pattern.decode()
-        row = (int(kind), pattern, url.encode(), _bytes(recovery))
-        return bool(await self._write(lambda db: db.fetch(_SQL["subscribe"], *row)))
+        row = (int(kind), pattern, url.encode(), _bytes(recovery), *self._limits)
+        return bool(await self._write(lambda db: db.fetchval(_SQL["subscribe"], *row)))
 
     async def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> bool:
         row = (int(kind), pattern, url.encode())
@@ -362,6 +375,7 @@ class PostgresStore:
                     await db.execute(_SQL["change_recovery"], *_columns(sorted(changed), 2))
                 if added:
                     await db.execute(_SQL["add_many"], url.encode(), *_columns(sorted(added), 3))
+                    await db.execute(_SQL["check_quotas"], url.encode(), *self._limits)
 
         await self._write(work, timeout=_LONG)
 
@@ -399,8 +413,8 @@ class PostgresStore:
         times = (now + lease, now, limit)
         rows = await self._write(lambda db: db.fetch(_SQL["claim_missed"], *times))
         return [
-            MissedNotice(id, generation, subscription, recovery.decode(), topic, attempts)
-            for _, id, generation, subscription, recovery, topic, attempts in sorted(rows)
+            MissedNotice(id, generation, of, recovery.decode(), topic, attempts, url.decode())
+            for _, id, generation, of, recovery, topic, attempts, url in sorted(rows)
         ]
 
     async def finish_missed(self, notice: MissedNotice, now: float) -> None:
@@ -440,6 +454,27 @@ class PostgresStore:
                 rows = await db.fetch(_SQL["drop_of_dead_peers"], now)
                 await db.execute(_SQL["forget_dead_peers"], now - _FORGET_PEER)
             return sorted({url.decode() for (url,) in rows})
+
+        return await self._write(work, timeout=_LONG)
+
+    # Subscribers that give no sign of life
+
+    async def renew_leases(self, urls: Collection[str], now: float) -> None:
+        encoded = [url.encode() for url in urls]
+        await self._write(lambda db: db.execute(_SQL["renew_leases"], encoded, now), timeout=_LONG)
+
+    async def prune(self, now: float, ttl: float, until: float) -> dict[str, int]:
+        async def work(db: Connection) -> dict[str, int]:
+            async with db.transaction():
+                # who else calls this waits here until the end
+                times = (int(now * 1000), int(until * 1000))
+                if await db.fetchval(_SQL["keep_leases"], *times) > int((now - ttl) * 1000):
+                    return {}
+                await db.execute(_SQL["lock_globs"])
+                stale = await db.fetch(_SQL["stale_subscribers"], now - ttl, PRUNED_AT_ONCE)
+                for url, _ in stale:
+                    await db.execute(_SQL["drop_of_url"], url)
+                return {url.decode(): number for url, number in stale}
 
         return await self._write(work, timeout=_LONG)
 
@@ -572,6 +607,7 @@ def _asyncpg() -> Any:
 
 _LOST = {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"}
 _CONFLICTS = {"40001", "40P01"}
+_OVER_QUOTA = "LP429"
 _REASONS = {
     **dict.fromkeys(_LOST, "cannot be reached: is the server up, and is --db right?"),
     **dict.fromkeys(_CONFLICTS, "was changed by others at the same time"),
@@ -596,14 +632,20 @@ _DAMAGED = {
 class _Errors:
     """What errors of asyncpg mean."""
 
-    def __init__(self, asyncpg: Any, name: str) -> None:
+    def __init__(self, asyncpg: Any, name: str, quotas: Quotas) -> None:
         self._broken = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
         self._others = (TimeoutError, asyncpg.DataError)  # which are among those
         self._name = name
+        self._quotas = quotas
 
     def explained(self, error: Exception) -> Exception:
         """What to raise for `error`: itself where it is a bug of ours."""
         code = _code(error)
+        if code == _OVER_QUOTA:
+            try:
+                self._quotas.check(*map(int, str(error).split()))
+            except OverQuota as e:
+                return e
         if reason := _DAMAGED.get(code):
             return StoreCorrupt(f"{self._name} {reason} ({error}). Restore it from a backup.")
         if reason := _REASONS.get(code):

@@ -91,6 +91,113 @@ CREATE UNLOGGED TABLE lonelyps_used (stamp bigint, code bytea, PRIMARY KEY (stam
 CREATE UNIQUE INDEX lonelyps_used_from ON lonelyps_used ((code = '')) WHERE code = '';
 INSERT INTO lonelyps_meta VALUES ('replay_horizon', 0);
 
+-- name: migration_3
+-- so that all globs can be read in pages
+CREATE INDEX lonelyps_globs_by_version_and_id ON lonelyps_subscriptions (version, id)
+WHERE kind = 1;
+DROP INDEX lonelyps_globs_by_version;
+
+-- Who is subscribed: to how much, and when there was the last sign of life. Broadcasters are not
+-- here, `lonelyps_peers` is for them.
+CREATE TABLE lonelyps_subscribers (
+    url bytea NOT NULL,
+    origin text NOT NULL GENERATED ALWAYS AS (left(coalesce(regexp_replace(
+        substring(lower(encode(url, 'escape')) from '^[a-z]+://[^/?#]*'),
+        '^(http:.*):80$|^(https:.*):443$', '\1\2'), ''), 300)) STORED,
+    subscriptions bigint NOT NULL,
+    seen float8 NOT NULL DEFAULT extract(epoch FROM clock_timestamp())
+);
+CREATE UNIQUE INDEX lonelyps_subscribers_key ON lonelyps_subscribers (sha256(url));
+CREATE INDEX lonelyps_subscribers_by_seen ON lonelyps_subscribers (seen);
+CREATE TABLE lonelyps_origins (origin text PRIMARY KEY, subscriptions bigint NOT NULL);
+-- unix milliseconds: since when, and until when, somebody looks after signs of life
+INSERT INTO lonelyps_meta VALUES ('leases_since', 0), ('leases_kept', 0);
+
+-- Triggers count, once for each statement, so that whoever edits the table cannot forget to. They
+-- hold the rows of the counters until the commit: what they say is never out of date. Always in the
+-- same order, so that two cannot wait for each other.
+CREATE FUNCTION lonelyps_count() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    sign integer := CASE TG_OP WHEN 'INSERT' THEN 1 ELSE -1 END;
+BEGIN
+    INSERT INTO lonelyps_subscribers AS u (url, subscriptions)
+    SELECT c.url, sign * count(*) FROM changed AS c
+    WHERE NOT EXISTS (SELECT FROM lonelyps_peers AS p WHERE p.url = c.url)
+    GROUP BY c.url ORDER BY c.url
+    ON CONFLICT (sha256(url)) DO UPDATE SET subscriptions = u.subscriptions + excluded.subscriptions;
+
+    INSERT INTO lonelyps_origins AS o
+    SELECT u.origin, sign * count(*) FROM changed AS c
+    JOIN lonelyps_subscribers AS u ON sha256(u.url) = sha256(c.url)
+    GROUP BY u.origin ORDER BY u.origin
+    ON CONFLICT (origin) DO UPDATE SET subscriptions = o.subscriptions + excluded.subscriptions;
+
+    IF sign < 0 THEN
+        WITH gone AS (
+            DELETE FROM lonelyps_subscribers WHERE subscriptions <= 0
+            AND sha256(url) IN (SELECT sha256(c.url) FROM changed AS c) RETURNING origin
+        )
+        DELETE FROM lonelyps_origins
+        WHERE subscriptions <= 0 AND origin IN (SELECT origin FROM gone);
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER lonelyps_counted_in AFTER INSERT ON lonelyps_subscriptions
+REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION lonelyps_count();
+CREATE TRIGGER lonelyps_counted_out AFTER DELETE ON lonelyps_subscriptions
+REFERENCING OLD TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION lonelyps_count();
+
+CREATE FUNCTION lonelyps_peer_added() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    gone lonelyps_subscribers;
+BEGIN
+    DELETE FROM lonelyps_subscribers WHERE sha256(url) = sha256(NEW.url) RETURNING * INTO gone;
+    UPDATE lonelyps_origins SET subscriptions = subscriptions - gone.subscriptions
+    WHERE origin = gone.origin;
+    DELETE FROM lonelyps_origins WHERE origin = gone.origin AND subscriptions <= 0;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER lonelyps_peer_added AFTER INSERT ON lonelyps_peers
+FOR EACH ROW EXECUTE FUNCTION lonelyps_peer_added();
+
+-- Raises LP429 with the two counts if there are more than `per_url` or `per_origin`.
+CREATE FUNCTION lonelyps_check_quotas(asked bytea, per_url bigint, per_origin bigint)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    of_url bigint;
+    of_origin bigint;
+BEGIN
+    SELECT u.subscriptions, o.subscriptions INTO of_url, of_origin
+    FROM lonelyps_subscribers AS u JOIN lonelyps_origins AS o USING (origin)
+    WHERE sha256(u.url) = sha256(asked);
+    IF of_url > per_url OR of_origin > per_origin THEN
+        RAISE EXCEPTION USING ERRCODE = 'LP429', MESSAGE = of_url || ' ' || of_origin;
+    END IF;
+END $$;
+-- Looks first: an insert that is not done would all the same make a new version of the globs.
+CREATE FUNCTION lonelyps_subscribe(
+    a_kind smallint, a_pattern bytea, a_url bytea, a_recovery bytea,
+    per_url bigint, per_origin bigint
+) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO lonelyps_subscriptions (kind, pattern, url, recovery)
+    SELECT a_kind, a_pattern, a_url, a_recovery WHERE NOT EXISTS (
+        SELECT FROM lonelyps_subscriptions
+        WHERE kind = a_kind AND sha256(pattern) = sha256(a_pattern) AND sha256(url) = sha256(a_url)
+    ) ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM lonelyps_check_quotas(a_url, per_url, per_origin);
+    RETURN true;
+END $$;
+
+INSERT INTO lonelyps_subscribers (url, subscriptions)
+SELECT url, count(*) FROM lonelyps_subscriptions AS s
+WHERE NOT EXISTS (SELECT FROM lonelyps_peers AS p WHERE p.url = s.url) GROUP BY url;
+INSERT INTO lonelyps_origins
+SELECT origin, sum(subscriptions) FROM lonelyps_subscribers GROUP BY origin;
+
 -- name: schema
 SELECT to_regclass('lonelyps_meta') IS NOT NULL;
 
@@ -193,14 +300,7 @@ SELECT * FROM (
 ORDER BY is_complete NULLS LAST, version, id;
 
 -- name: subscribe
--- looks first: an insert that is not done would all the same make a new version of the globs
-INSERT INTO lonelyps_subscriptions (kind, pattern, url, recovery)
-SELECT $1::smallint, $2::bytea, $3::bytea, $4::bytea
-WHERE NOT EXISTS (
-    SELECT FROM lonelyps_subscriptions
-    WHERE kind = $1 AND sha256(pattern) = sha256($2) AND sha256(url) = sha256($3)
-)
-ON CONFLICT DO NOTHING RETURNING id;
+SELECT lonelyps_subscribe($1::smallint, $2, $3, $4, $5, $6);
 
 -- name: unsubscribe
 DELETE FROM lonelyps_subscriptions
@@ -225,6 +325,9 @@ INSERT INTO lonelyps_subscriptions (kind, pattern, url, recovery)
 SELECT a.kind, a.pattern, $1, a.recovery
 FROM unnest($2::smallint[], $3::bytea[], $4::bytea[]) AS a (kind, pattern, recovery)
 ON CONFLICT (sha256(pattern), sha256(url), kind) DO UPDATE SET recovery = excluded.recovery;
+
+-- name: check_quotas
+SELECT lonelyps_check_quotas($1, $2, $3);
 
 -- name: change_recovery
 UPDATE lonelyps_subscriptions AS s SET recovery = c.recovery
@@ -258,7 +361,7 @@ WITH due AS (
 UPDATE lonelyps_missed AS m SET lease_until = $1
 FROM due, lonelyps_subscriptions AS s
 WHERE m.id = due.id AND s.id = m.subscription_id
-RETURNING m.due, m.id, m.generation, m.subscription_id, s.recovery, m.topic, m.attempts;
+RETURNING m.due, m.id, m.generation, m.subscription_id, s.recovery, m.topic, m.attempts, s.url;
 
 -- name: finish_missed
 WITH gone AS (DELETE FROM lonelyps_missed WHERE id = $1 AND generation = $2 RETURNING id)
@@ -299,6 +402,30 @@ DELETE FROM lonelyps_subscriptions WHERE id IN (
 
 -- name: forget_dead_peers
 DELETE FROM lonelyps_peers WHERE alive_until <= $1;
+
+-- name: renew_leases
+WITH mine AS (
+    SELECT sha256(url) AS key FROM lonelyps_subscribers
+    WHERE sha256(url) IN (SELECT sha256(u) FROM unnest($1::bytea[]) AS u) AND seen < $2
+    ORDER BY url FOR NO KEY UPDATE
+)
+UPDATE lonelyps_subscribers SET seen = $2 WHERE sha256(url) IN (SELECT key FROM mine);
+
+-- name: keep_leases
+-- since when they are looked after: $1, unless somebody has done so until now
+WITH kept AS (
+    UPDATE lonelyps_meta AS k SET value = $2 FROM (
+        SELECT value FROM lonelyps_meta WHERE key = 'leases_kept' FOR UPDATE
+    ) AS before WHERE k.key = 'leases_kept' RETURNING before.value
+)
+UPDATE lonelyps_meta AS s SET value = CASE WHEN kept.value < $1 THEN $1 ELSE s.value END
+FROM kept WHERE s.key = 'leases_since' RETURNING s.value;
+
+-- name: stale_subscribers
+SELECT url, subscriptions FROM lonelyps_subscribers AS u WHERE seen <= $1 AND NOT EXISTS (
+    SELECT FROM lonelyps_subscriptions AS s JOIN lonelyps_missed AS m ON m.subscription_id = s.id
+    WHERE sha256(s.url) = sha256(u.url)
+) ORDER BY seen LIMIT $2 FOR UPDATE OF u SKIP LOCKED;
 
 -- name: counts
 SELECT (SELECT count(*) FROM lonelyps_subscriptions WHERE kind = 0) AS exact,

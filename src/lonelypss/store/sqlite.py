@@ -17,7 +17,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from lonelypsp.replay import Code
 from lonelypss.store.base import (
+    PRUNED_AT_ONCE,
     Kind,
     MissedNotice,
+    Quotas,
     StoreCorrupt,
     StoreUnavailable,
     Subscription,
@@ -61,14 +63,18 @@ class SqliteStore:
     Attributes:
         path: the file, or None to keep everything in memory, for this process only.
         busy_timeout: how many seconds a call waits while other processes lock the file.
+        quotas: how many subscriptions there may be.
         connection_class: what connections are made of; for tests that inject faults.
     """
 
     connection_class: type[sqlite3.Connection] = sqlite3.Connection
 
-    def __init__(self, path: str | None, *, busy_timeout: float = 0.75) -> None:
+    def __init__(
+        self, path: str | None, *, busy_timeout: float = 0.75, quotas: Quotas | None = None
+    ) -> None:
         self.path = None if path is None else os.path.realpath(path)
         self.busy_timeout = busy_timeout
+        self.quotas = quotas or Quotas()
         self._is_open = False
 
     async def open(self) -> None:
@@ -186,7 +192,19 @@ class SqliteStore:
         if kind == Kind.GLOB:
             pattern.decode()
         row = (kind, pattern, url, recovery)
-        return await self._write(lambda db: db.execute(_SQL["subscribe"], row).rowcount > 0)
+
+        def work(db: sqlite3.Connection) -> bool:
+            is_new = db.execute(_SQL["subscribe"], row).rowcount > 0
+            if is_new:
+                self._check_quotas(db, url)
+            return is_new
+
+        return await self._write(work)
+
+    def _check_quotas(self, db: sqlite3.Connection, url: str) -> None:
+        """Raises OverQuota, and so takes back what this piece of work has added."""
+        if counted := db.execute(_SQL["counted"], (url,)).fetchone():
+            self.quotas.check(*counted)
 
     async def unsubscribe(self, kind: Kind, pattern: bytes, url: str) -> bool:
         row = (kind, pattern, url)
@@ -225,6 +243,8 @@ class SqliteStore:
             _drop(db, [id for id, _ in surplus.values()])
             db.executemany(_SQL["change_recovery"], changed)
             _add_many(db, added)
+            if added:
+                self._check_quotas(db, url)
 
         await self._write(work)
 
@@ -284,6 +304,27 @@ class SqliteStore:
             dropped = db.execute(_SQL["drop_of_dead_peers"], (now,)).fetchall()
             db.execute(_SQL["forget_dead_peers"], (now - _FORGET_PEER,))
             return sorted({url for (url,) in dropped})
+
+        return await self._write(work)
+
+    # Subscribers that give no sign of life
+
+    async def renew_leases(self, urls: Collection[str], now: float) -> None:
+        await self._write_many("renew_lease", [(now, url) for url in urls])
+
+    async def prune(self, now: float, ttl: float, until: float) -> dict[str, int]:
+        def work(db: sqlite3.Connection) -> dict[str, int]:
+            since, kept = db.execute(_SQL["leases"]).fetchone()
+            db.execute(_SQL["keep_leases"], (int(until * 1000),))
+            if kept < int(now * 1000):
+                since = int(now * 1000)
+                db.execute(_SQL["begin_leases"], (since,))
+            if since > int((now - ttl) * 1000):
+                return {}
+            stale = db.execute(_SQL["stale_subscribers"], (now - ttl, PRUNED_AT_ONCE)).fetchall()
+            for url, _ in stale:
+                db.execute(_SQL["drop_of_url"], (url,))
+            return dict(stale)
 
         return await self._write(work)
 

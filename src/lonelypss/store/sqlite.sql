@@ -61,6 +61,60 @@ END;
 -- name: migration_2
 CREATE TABLE peers (url TEXT PRIMARY KEY, alive_until REAL NOT NULL) WITHOUT ROWID;
 
+-- name: migration_3
+-- Who is subscribed: to how much, and when there was the last sign of life. Broadcasters are not
+-- here, `peers` is for them. Triggers count, so that whoever edits the tables cannot forget to.
+CREATE TABLE subscribers (
+    url TEXT PRIMARY KEY,
+    subscriptions INTEGER NOT NULL,
+    seen REAL NOT NULL DEFAULT ((julianday('now') - 2440587.5) * 86400.0),
+    address TEXT AS (lower(substr(url, 1, instr(url, '://') + 1 + instr(replace(replace(
+        substr(url, instr(url, '://') + 3), '?', '/'), '#', '/') || '/', '/')))) VIRTUAL,
+    origin TEXT AS (CASE
+        WHEN address GLOB 'http://*:80' THEN substr(address, 1, length(address) - 3)
+        WHEN address GLOB 'https://*:443' THEN substr(address, 1, length(address) - 4)
+        ELSE address END) STORED
+) WITHOUT ROWID;
+CREATE INDEX subscribers_by_seen ON subscribers (seen);
+CREATE TABLE origins (origin TEXT PRIMARY KEY, subscriptions INTEGER NOT NULL) WITHOUT ROWID;
+-- unix milliseconds: since when, and until when, somebody looks after signs of life
+INSERT INTO meta VALUES ('leases_since', 0), ('leases_kept', 0);
+
+CREATE TRIGGER subscriber_added AFTER INSERT ON subscribers BEGIN
+    INSERT INTO origins VALUES (NEW.origin, NEW.subscriptions)
+    ON CONFLICT (origin) DO UPDATE SET subscriptions = subscriptions + excluded.subscriptions;
+END;
+CREATE TRIGGER subscriber_counted AFTER UPDATE OF subscriptions ON subscribers BEGIN
+    UPDATE origins SET subscriptions = subscriptions + NEW.subscriptions - OLD.subscriptions
+    WHERE origin = NEW.origin;
+END;
+CREATE TRIGGER subscriber_gone AFTER DELETE ON subscribers BEGIN
+    UPDATE origins SET subscriptions = subscriptions - OLD.subscriptions
+    WHERE origin = OLD.origin;
+    DELETE FROM origins WHERE origin = OLD.origin AND subscriptions <= 0;
+END;
+CREATE TRIGGER subscription_added AFTER INSERT ON subscriptions
+WHEN NOT EXISTS (SELECT 1 FROM peers WHERE url = NEW.url) BEGIN
+    INSERT INTO subscribers (url, subscriptions) VALUES (NEW.url, 1)
+    ON CONFLICT (url) DO UPDATE SET subscriptions = subscriptions + 1;
+END;
+CREATE TRIGGER subscription_removed AFTER DELETE ON subscriptions BEGIN
+    UPDATE subscribers SET subscriptions = subscriptions - 1 WHERE url = OLD.url;
+    DELETE FROM subscribers WHERE url = OLD.url AND subscriptions <= 0;
+END;
+CREATE TRIGGER subscription_moved AFTER UPDATE OF url ON subscriptions BEGIN
+    UPDATE subscribers SET subscriptions = subscriptions - 1 WHERE url = OLD.url;
+    DELETE FROM subscribers WHERE url = OLD.url AND subscriptions <= 0;
+    INSERT INTO subscribers (url, subscriptions)
+    SELECT NEW.url, 1 WHERE NEW.url NOT IN (SELECT url FROM peers)
+    ON CONFLICT (url) DO UPDATE SET subscriptions = subscriptions + 1;
+END;
+CREATE TRIGGER peer_added AFTER INSERT ON peers BEGIN
+    DELETE FROM subscribers WHERE url = NEW.url;
+END;
+INSERT INTO subscribers (url, subscriptions)
+SELECT url, count(*) FROM subscriptions WHERE url NOT IN (SELECT url FROM peers) GROUP BY url;
+
 -- name: match
 -- One statement is one snapshot: the glob version is that of the moment of the exact rows. It
 -- stands in every row, and there is at least one.
@@ -124,7 +178,8 @@ UPDATE missed SET lease_until = ? WHERE id IN (
     SELECT id FROM missed WHERE max(due, lease_until) <= ?
     ORDER BY max(due, lease_until), due LIMIT ?
 ) RETURNING due, id, generation, subscription_id,
-    (SELECT recovery FROM subscriptions WHERE subscriptions.id = subscription_id), topic, attempts;
+    (SELECT recovery FROM subscriptions WHERE subscriptions.id = subscription_id), topic, attempts,
+    (SELECT url FROM subscriptions WHERE subscriptions.id = subscription_id);
 
 -- name: finish_missed
 DELETE FROM missed WHERE id = ? AND generation = ?;
@@ -159,6 +214,29 @@ RETURNING url;
 
 -- name: forget_dead_peers
 DELETE FROM peers WHERE alive_until <= ?;
+
+-- name: counted
+SELECT u.subscriptions, o.subscriptions
+FROM subscribers AS u JOIN origins AS o ON o.origin = u.origin WHERE u.url = ?;
+
+-- name: renew_lease
+UPDATE subscribers SET seen = max(seen, ?) WHERE url = ?;
+
+-- name: leases
+SELECT since.value, kept.value FROM meta AS since, meta AS kept
+WHERE since.key = 'leases_since' AND kept.key = 'leases_kept';
+
+-- name: begin_leases
+UPDATE meta SET value = ? WHERE key = 'leases_since';
+
+-- name: keep_leases
+UPDATE meta SET value = ? WHERE key = 'leases_kept';
+
+-- name: stale_subscribers
+SELECT url, subscriptions FROM subscribers AS u WHERE seen <= ? AND NOT EXISTS (
+    SELECT 1 FROM subscriptions AS s JOIN missed AS m ON m.subscription_id = s.id
+    WHERE s.url = u.url
+) ORDER BY seen LIMIT ?;
 
 -- name: counts
 SELECT (SELECT count(*) FROM subscriptions WHERE kind = 0),
