@@ -113,6 +113,7 @@ class KeptLeases(Leases):
                     url,
                     self.ttl,
                     number,
+                    extra={"fields": {"url": url, "subscriptions": number}},
                 )
                 self.metrics.pruned(number)
             pruned = len(gone)

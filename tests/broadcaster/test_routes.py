@@ -746,6 +746,31 @@ async def test_message_in_one_byte_chunks() -> None:
 # Limits
 
 
+@pytest.mark.parametrize("option", ["max_subscriptions_per_url", "max_subscriptions_per_origin"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda p, url: p.subscribe(url, b"c"),
+        lambda p, url: p.subscribe_glob(url, "c"),
+        lambda p, url: p.set(url, ((b"a", None), (b"b", None)), (("c", None),)),
+    ],
+    ids=["exact", "glob", "set"],
+)
+async def test_over_quota(option: str, ask: Callable[[Peer, str], Signed]) -> None:
+    """S38: 429 that names the option, and nothing changed."""
+    url = "http://h/"
+    async with broadcaster(**{option: 2}) as running:
+        await running.ok(running.peer.set(url, ((b"a", None),), (("b", None),)))
+        before = await rows(running.store, url)
+        response = await running.send(ask(running.peer, url))
+        assert response.status == 429
+        assert f"more than 2 subscriptions ({option})".encode() in response.body
+        assert_short_text(response)
+        assert await rows(running.store, url) == before
+        assert (await running.send(running.peer.subscribe(url, b"a"))).status == 409
+        await running.ok(running.peer.set(url, ((b"x", None), (b"y", None))))
+
+
 async def test_request_body_limit() -> None:
     async with broadcaster(max_request_body=131072) as running:
         fits = running.peer.set("http://h/", ((b"x" * 65000, None), (b"y" * 65000, None)))

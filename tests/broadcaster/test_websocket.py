@@ -504,3 +504,15 @@ async def test_stopping_says_so() -> None:
         async with running() as server:
             peer = await stack.enter_async_context(websocket_peer(server.url))
         assert (await peer.closed()).code == 1012
+
+
+async def test_quotas_of_urls_are_not_for_websockets(tmp_path: Path) -> None:
+    """All of a process share one url in the database; each has websocket_max_subscriptions."""
+    db = f"sqlite:///{tmp_path}/store.db"
+    async with running(db=db, max_subscriptions_per_url=1, max_subscriptions_per_origin=1) as ours:
+        async with websocket_peer(ours.url) as one, websocket_peer(ours.url) as other:
+            for topic in (b"a", b"b", b"c"):
+                await one.subscribe(topic)
+                await other.subscribe(topic + topic)
+            assert (await ours.broadcaster.store.counts())["exact"] == 6
+            assert await one.notify(b"cc", b"x") == 1

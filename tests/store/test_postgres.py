@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from os import urandom
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 import postgres
 from lonelypsp.replay import Code
 from lonelypss.store import Kind, Store, StoreCorrupt, StoreUnavailable
+from lonelypss.store import postgres as module
 from lonelypss.store.base import UsedBefore
 from lonelypss.store.postgres import PostgresStore
 from postgres import Postgres
@@ -77,6 +81,77 @@ async def test_a_newer_schema_is_refused(url: str) -> None:
         StoreCorrupt, match=r"schema version 99, this lonelypss knows \d+: run a newer"
     ):
         await PostgresStore(url).open()
+
+
+async def test_an_older_schema_is_brought_up_to_date(url: str) -> None:
+    database = url.rpartition("/")[2]
+    sql = partial(postgres.shared().sql, database=database)
+    sql(module._MIGRATIONS[0])
+    sql(
+        "UPDATE lonelyps_meta SET value = 1 WHERE key = 'schema';"
+        "INSERT INTO lonelyps_subscriptions (kind, pattern, url) VALUES"
+        " (1, 't*', 'http://A:80/x'), (0, 'u', 'http://a/x'), (0, 't', 'http://peer/')"
+    )
+    sql("INSERT INTO lonelyps_peers VALUES ('http://peer/', 1)")
+    async with opened(url) as (store,):
+        assert len(await store.match(b"t")) == 2
+        assert sql("SELECT * FROM lonelyps_origins") == "http://a|2\n"
+        assert await store.unsubscribe(Kind.EXACT, b"u", "http://a/x")
+        assert sql("SELECT origin, subscriptions FROM lonelyps_subscribers") == "http://a|1\n"
+
+
+SET_FOREVER = """
+import asyncio, sys
+from lonelypss.store.postgres import PostgresStore
+
+async def main():
+    store = PostgresStore(sys.argv[1])
+    await store.open()
+    for turn in range(10**9):
+        await store.set_subscriptions(
+            "http://a/receive",
+            [(b"%d/%d" % (turn % 2, n), None) for n in range(700)],
+            [(f"{turn % 2}/{n}/*", None) for n in range(50)],
+        )
+        print(turn, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("sets", [1, 2, 3])
+async def test_a_kill_during_a_set_leaves_the_old_or_the_new_list(url: str, sets: int) -> None:
+    """C24."""
+    command = [sys.executable, "-c", SET_FOREVER, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(sets):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    lists = [
+        {b"%d/%d" % (turn, n) for n in range(700)} | {b"%d/%d/*" % (turn, n) for n in range(50)}
+        for turn in range(2)
+    ]
+    async with opened(url) as (store,):
+        await store.set_subscriptions("http://b/", [], [])  # not stuck
+        assert {s.pattern for s in await store.subscriptions(A)} in lists
+
+
+async def test_many_subscriptions_are_looked_up_by_index(url: str) -> None:
+    sql = partial(postgres.shared().sql, database=url.rpartition("/")[2])
+    async with opened(url) as (store,):
+        sql(
+            "INSERT INTO lonelyps_subscriptions (kind, pattern, url)"
+            " SELECT 0, ('t' || n)::bytea, 'http://a/' FROM generate_series(1, 20000) AS n;"
+        )
+        sql("ANALYZE")
+        assert len(await store.match(b"t77")) == 1
+    plan = sql(
+        f"SET plan_cache_mode = force_generic_plan; PREPARE m (bytea[]) AS {module._SQL['match']}"
+        " EXPLAIN (COSTS OFF) EXECUTE m (ARRAY['t77'::bytea])"
+    )
+    assert "Index Scan using lonelyps_subscriptions_key" in plan
+    assert "Seq Scan on lonelyps_subscriptions" not in plan
 
 
 async def test_what_others_have_in_the_database_is_left_alone(url: str) -> None:

@@ -20,7 +20,7 @@ from lonelypss.store import Kind, StoreCorrupt, StoreUnavailable
 from lonelypss.store import sqlite as module
 from lonelypss.store.sqlite import SqliteStore
 
-A = "http://a/receive"
+A, B = "http://a/receive", "http://b/receive"
 
 
 @pytest.fixture
@@ -269,6 +269,10 @@ async def test_a_really_full_disk(path: Path) -> None:
         assert "free space" in str(large)
         kept = {s.pattern for s in await store.subscriptions(A)}
         assert kept == ({b"before", b"small"} if small is True else {b"before"})
+        await store.set_subscriptions(B, [(b"old", None)], [])  # C31
+        with pytest.raises(StoreUnavailable, match="free space"):
+            await store.set_subscriptions(B, [(b"%d" % n * 500, None) for n in range(2_000)], [])
+        assert [s.pattern for s in await store.subscriptions(B)] == [b"old"]
         Small.pages = 100_000
         assert await store.subscribe(Kind.EXACT, b"large" * 200_000, A, None)
 
@@ -383,6 +387,8 @@ async def test_an_operator_may_edit_the_tables(path: Path) -> None:
         shell.commit()
         shell.close()
         assert sorted(s.url for s in await store.match(b"a/b")) == [A, "http://b/"]
+        counted = sqlite3.connect(path).execute("SELECT url, subscriptions FROM subscribers")
+        assert dict(counted.fetchall()) == {A: 1, "http://b/": 1}
 
 
 async def test_matching_holds_no_transaction_open(path: Path) -> None:
@@ -405,6 +411,7 @@ async def test_matching_holds_no_transaction_open(path: Path) -> None:
         ("all_globs", "globs_by_version (version>?)"),
         ("subscriptions", "subscriptions_of_url (url=?)"),
         ("next_due", "missed_by_time"),
+        ("stale_subscribers", "subscribers_by_seen (seen<?)"),
     ],
 )
 async def test_nothing_frequent_looks_at_all_rows(path: Path, query: str, index: str) -> None:
@@ -451,6 +458,44 @@ async def test_what_was_answered_survives_a_kill(path: Path, after: int) -> None
         for topic in topics:
             assert len(await store.match(topic)) == 1
         assert await store.subscribe(Kind.EXACT, b"after", A, None)
+
+
+SET_FOREVER = """
+import asyncio, sys
+from lonelypss.store.sqlite import SqliteStore
+
+async def main():
+    store = SqliteStore(sys.argv[1])
+    await store.open()
+    for turn in range(10**9):
+        await store.set_subscriptions(
+            "http://a/receive",
+            [(b"%d/%d" % (turn % 2, n), None) for n in range(700)],
+            [(f"{turn % 2}/{n}/*", None) for n in range(50)],
+        )
+        print(turn, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("sets", [1, 2, 3, 20])
+async def test_a_kill_during_a_set_leaves_the_old_or_the_new_list(path: Path, sets: int) -> None:
+    """C24."""
+    with python(SET_FOREVER, path) as process:
+        for _ in range(sets):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.stdout.readlines()
+    lists = [
+        {b"%d/%d" % (turn, n) for n in range(700)} | {b"%d/%d/*" % (turn, n) for n in range(50)}
+        for turn in range(2)
+    ]
+    async with opened(SqliteStore(str(path))) as store:
+        assert {s.pattern for s in await store.subscriptions(A)} in lists
+        db = sqlite3.connect(path)
+        assert db.execute("SELECT subscriptions FROM subscribers").fetchall() == [(750,)]
+        db.close()
 
 
 async def test_a_copy_taken_at_any_moment_is_whole(path: Path, tmp_path: Path) -> None:
@@ -571,10 +616,16 @@ async def test_an_older_schema_is_brought_up_to_date(path: Path) -> None:
     db = sqlite3.connect(path)
     db.executescript(module._MIGRATIONS[0] + "PRAGMA user_version = 1;")
     db.execute("INSERT INTO subscriptions (kind, pattern, url) VALUES (1, x'2a', ?)", (A,))
+    db.execute("INSERT INTO subscriptions (kind, pattern, url) VALUES (0, x'2b', ?)", (B,))
     db.commit()
     db.close()
     async with opened(SqliteStore(str(path))) as store:
         assert [s.url for s in await store.match(b"t")] == [A]
+        db = sqlite3.connect(path)
+        counted = db.execute("SELECT url, subscriptions FROM subscribers ORDER BY url").fetchall()
+        assert counted == [(A, 1), (B, 1)]
+        assert db.execute("SELECT * FROM origins").fetchall() == [("http://a", 1), ("http://b", 1)]
+        db.close()
         await store.renew_peer(A, until=2.0, now=1.0)
         assert await store.drop_dead_peers(2.0) == [A]
         assert await store.match(b"t") == []

@@ -35,6 +35,7 @@ from lonelypss.store.postgres import PostgresStore
 from lonelypss.store.sqlite import SqliteStore
 
 T = TypeVar("T")
+DEADLINE = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def in_postgres(directory: Path, **options: Any) -> Store:
     url = directory / "url"
     if not url.exists():
         url.write_text(postgres.shared().database())
-    return PostgresStore(url.read_text(), **options)
+    return PostgresStore(url.read_text(), timeout=DEADLINE, **options)
 
 
 FACTORIES = [
@@ -294,10 +295,22 @@ async def test_set_inserts_deletes_and_updates(store: Store) -> None:
     assert await store.counts() == {"exact": 1, "glob": 0, "missed": 0}
 
 
-async def test_concurrent_sets_end_as_one_of_them(store: Store) -> None:
+async def sets_end_as_one_of_them(stores: list[Store]) -> None:
+    """C23."""
     lists = [[(b"%d/%d" % (n, m), None) for m in range(50)] for n in range(8)]
-    await asyncio.gather(*(store.set_subscriptions(A, exact, []) for exact in lists))
-    assert [(s.pattern, None) for s in await store.subscriptions(A)] in [sorted(x) for x in lists]
+    await asyncio.gather(
+        *(stores[n % len(stores)].set_subscriptions(A, exact, []) for n, exact in enumerate(lists))
+    )
+    found = [(s.pattern, None) for s in await stores[0].subscriptions(A)]
+    assert found in [sorted(x) for x in lists]
+
+
+async def test_concurrent_sets_end_as_one_of_them(store: Store) -> None:
+    await sets_end_as_one_of_them([store])
+
+
+async def test_concurrent_sets_of_several_end_as_one_of_them(store: Store, other: Store) -> None:
+    await sets_end_as_one_of_them([store, other])
 
 
 @pytest.mark.parametrize("kind", Kind)
