@@ -4,80 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conversation import PATIENCE, Conversation
 from heads import HEADS, Head, Target
 from lonelypsc.listener import Listener, answer
 from lonelypsp.guard import HttpLimits
 from programs import broadcaster
 
-PATIENCE = 30.0
 CHECK = Target(b"/v1/check_subscriptions", b"\0\0\0\x09http://h/")
 RECOVER = Target(b"/v1/recover", b"\0\0\0\1t")
-
-
-class Conversation:
-    """One connection."""
-
-    def __init__(self, port: int, *, receive_buffer: int | None = None) -> None:
-        self._port = port
-        self._buffer = receive_buffer
-
-    async def __aenter__(self) -> Conversation:
-        loop = asyncio.get_running_loop()
-        self.socket = socket.socket()
-        self.socket.setblocking(False)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._buffer is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
-        await loop.sock_connect(self.socket, ("127.0.0.1", self._port))
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.socket.close()
-
-    async def send(self, data: bytes, step: int | None = None) -> None:
-        """Whether the other end still listens is its own business."""
-        step = step or len(data) or 1
-        with suppress(ConnectionError):
-            for at in range(0, len(data), step):
-                await asyncio.get_running_loop().sock_sendall(self.socket, data[at : at + step])
-
-    async def receive(self, number: int | None = None) -> tuple[list[int], bytearray, bool]:
-        """Statuses, all that came, whether the other end closed; ends after `number` answers."""
-        got, closed = bytearray(), False
-        async with asyncio.timeout(PATIENCE):
-            while number is None or len(_statuses(got)) < number:
-                try:
-                    data = await asyncio.get_running_loop().sock_recv(self.socket, 65_536)
-                except ConnectionResetError:
-                    data = b""
-                if not data:
-                    closed = True
-                    break
-                got += data
-        return _statuses(got), got, closed
-
-
-def _statuses(data: bytes | bytearray) -> list[int]:
-    """Of all answers that are whole."""
-    found, at = [], 0
-    while (end := data.find(b"\r\n\r\n", at)) >= 0:
-        head = bytes(data[at : end + 4])
-        length = re.search(rb"\r\ncontent-length: (\d+)\r\n", head)
-        at = end + 4 + (int(length[1]) if length else 0)
-        if len(data) < at:
-            break
-        found.append(int(head.split(b" ", 2)[1]))
-    return found
 
 
 # Framing
@@ -264,30 +207,37 @@ async def test_steady_bodies_may_take_long_and_so_may_the_program() -> None:
             assert (await patient.receive(1))[0] == [200]
 
 
-async def test_who_does_not_read_is_disconnected() -> None:
-    """Its window is closed, with answers that wait for it; another reads slowly, but reads."""
+async def much(scope: Any, receive: Any, send: Any) -> None:
+    await answer(send, 200, bytes(1_000_000))
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await answer(send, 200, bytes(1_000_000))
 
-    async with listening(app, rate_window=0.5) as port:
-        async with (
-            Conversation(port, receive_buffer=4096) as deaf,
-            Conversation(port) as slow,
-        ):
-            get = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
-            await deaf.send(get * 20)
-            await slow.send(get * 19 + get.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
-            loop, taken = asyncio.get_running_loop(), 0
-            started = time.monotonic()
-            while time.monotonic() - started < 1:
-                taken += len(await loop.sock_recv(slow.socket, 65_536))
-                await asyncio.sleep(0.01)
-            assert taken > 0
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+async def test_who_does_not_read_is_disconnected(caplog: pytest.LogCaptureFixture) -> None:
+    """Its window is closed, with answers that wait for it."""
+    caplog.set_level("INFO", "lonelypsp.guard")
+    async with listening(much, rate_window=0.3) as port:
+        async with Conversation(port, receive_buffer=4096) as deaf:
+            await deaf.send(GET * 20)
+            async with asyncio.timeout(PATIENCE):
+                while "1 did not read their answers" not in caplog.text:
+                    await asyncio.sleep(0.02)
             _, got, closed = await deaf.receive()
             assert closed
             assert len(got) < 20_000_000
-            assert len((await slow.receive())[1]) + taken > 20_000_000
+
+
+async def test_who_reads_slowly_is_not() -> None:
+    async with listening(much, rate_window=3.0) as port:
+        async with Conversation(port) as slow:
+            await slow.send(GET * 19 + GET[:-2] + b"Connection: close\r\n\r\n")
+            loop, taken, started = asyncio.get_running_loop(), 0, time.monotonic()
+            while data := await loop.sock_recv(slow.socket, 131_072):
+                taken += len(data)
+                late = time.monotonic() - started < taken / 5_000_000  # 4 s for all
+                await asyncio.sleep(0.02 if late else 0)
+            assert taken > 20_000_000
 
 
 # Numbers

@@ -51,6 +51,7 @@ _TRY_AGAIN = 75  # the database is away or locked, which passes
 _RESTART_PAUSE = 1.0
 _LINGER = 10.0
 _TLS_GOODBYE = 5.0
+_VERSION = "13"
 _BURST_BYTES = 256 * 1024  # received and not yet looked at; above it nothing is read
 _apply_mask: Mask = vars(websockets.frames)["apply_mask"]  # in C where that was built
 _BURST_CAME: Any = {"type": "websocket.receive"}
@@ -184,11 +185,27 @@ class _WebSocket(WebSocketsSansIOProtocol):
         super().connection_made(transport.unwrap())
 
     def handle_connect(self, event: Any) -> None:
+        if event.headers.get_all("Sec-WebSocket-Version") != [_VERSION]:
+            self._refuse_version()
+            return
         super().handle_connect(event)
         if self.response.status_code == 101:
             extensions: dict[str, Any] = self.scope["extensions"]
             extensions[BURST] = self
             extensions.update(tls_extension(self.transport))
+
+    def _refuse_version(self) -> None:
+        response = self.conn.reject(426, f"The version of websockets spoken here is {_VERSION}.\n")
+        response.headers["Sec-WebSocket-Version"] = _VERSION
+        self.conn.send_response(response)
+        self.handshake_complete = self.close_sent = True
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.close()
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.close_sent:  # an answer that is no websocket is one, too: uvicorn forgets it
+            self.handshake_complete = True
 
     def data_received(self, data: bytes) -> None:
         burst = self._burst

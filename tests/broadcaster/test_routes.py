@@ -849,6 +849,32 @@ async def test_disk_that_is_full_is_507(monkeypatch: pytest.MonkeyPatch) -> None
         assert running.broadcaster.intake.used == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/notify", "/v1/check_subscriptions"])
+async def test_slow_bodies_under_a_server_that_bears_them(path: str) -> None:
+    """H27, H29, C32. Under `lonelypss serve` the listener refuses them, see test_guard.py."""
+    async with broadcaster(incoming_http_rate_window=0.3, incoming_http_min_rate=100) as running:
+        async with within():
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            writer.write(request_bytes(path, b"\0", length=100))
+            response = await read_response(reader)
+            assert (response.status, response.headers["connection"]) == (408, "close")
+            assert_short_text(response)
+            assert await reader.read() == b""
+            writer.close()
+        data = running.peer.notify().bytes()
+        encoded = data.replace(b"Host:", b"Content-Encoding: gzip\r\nHost:")
+        assert (await exchange(running.port, encoded)).status == 415
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        data = running.peer.notify(message=bytes(400)).bytes()
+        async with within():
+            for at in range(0, len(data), 20):  # longer than the window, but fast enough
+                writer.write(data[at : at + 20])
+                await asyncio.sleep(0.03)
+            assert (await read_response(reader)).status == 200
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_too_many_messages_at_once() -> None:
     release = asyncio.Event()
 

@@ -67,6 +67,7 @@ class Broadcaster:
         script: answers to give instead, used up one by one: (status, body) or
             (status, body, headers), or a callable(path, body) returning such or None.
         fragments: whether deliveries carry X-Subscription-Fragment.
+        step: bytes of a delivery that are sent at once; None: all.
     """
 
     auth: AuthConfig
@@ -77,6 +78,7 @@ class Broadcaster:
     script: list[Any] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     fragments: bool = True
+    step: int | None = None
     forge: Callable[[Any], Any] | None = None
     forge_operations: tuple[str, ...] = ()
     url: str = ""
@@ -238,7 +240,11 @@ class Broadcaster:
         loop = asyncio.get_running_loop()
         transport, answered = await loop.create_connection(_Answered, parts.hostname, parts.port)
         try:
-            transport.write(text.encode("latin-1") + body)
+            request = text.encode("latin-1") + body
+            step = self.step or len(request)
+            for at in range(0, len(request), step):
+                transport.write(request[at : at + step])
+                await asyncio.sleep(0)
             return await answered.delivery
         finally:
             transport.abort()

@@ -18,13 +18,14 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from client.fakes import KINDS, Broadcaster, broadcaster, config, until, urls
+from conversation import Conversation
 from lonelypsc import endpoints
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.listener import Listener
-from lonelypsp.bodies import ResponseConfirmMissed
+from lonelypsp.bodies import ReceiveHead, ResponseConfirmMissed
 from lonelypsp.guard import HttpLimits
 from lonelypsp.spool import Spool
-from lonelypsp.wire import decode
+from lonelypsp.wire import decode, encode
 from servers import serve
 
 DROP = b"\x00\x0a"
@@ -91,6 +92,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "wrong token": ("token", {"headers": {"Authorization": "Bearer other"}}, 403),
     "not ascii": ("token", {"headers": {"Authorization": "Bearer \xe9"}}, 403),
     "encoded": ("none", {"headers": {"Content-Encoding": "gzip"}}, 415),
+    "V10": ("none", {"headers": {"Repr-Digest": "sha-512=:" + "A" * 65_536 + ":"}}, 431),
+    # no limit is set here, so the claim is believed until the body ends
+    "V14": ("none", {"change": lambda raw: raw[:-12] + b"\xff" * 8 + raw[-4:]}, 400),
+    "V22": ("none", {"change": lambda raw: b"\xff\xff" + raw[2:]}, 400),
+    "V23": ("none", {"change": lambda raw: raw[:5] + b"\xff" + raw[6:]}, 400),
+    "V24": ("none", {"change": lambda raw: raw[:2] + b"\xff\xff" + raw[4:]}, 400),
     "empty": ("none", {"change": lambda raw: b""}, 400),
     "head cut": ("none", {"change": lambda raw: raw[:9]}, 400),
     "short": ("none", {"change": lambda raw: raw[:-1]}, 400),
@@ -104,12 +111,13 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 async def test_receive(name: str) -> None:
     kind, arguments, status = CASES[name]
     async with subscribed(kind) as (fake, messages, url):
-        await fake.deliver(url, b"t", b"data", **arguments)
-        got = fake.deliveries[0]
-        assert (got.status, got.body == DROP) == (status, False)
-        if status != 200:
-            await nothing_waits(messages)
-            assert fake.rows[url]
+        for fake.step in (None, 1 if name != "V10" else 997):
+            await fake.deliver(url, b"t", b"data", **arguments)
+            got = fake.deliveries.pop()
+            assert (got.status, got.body == DROP) == (status, False)
+            if status != 200:
+                await nothing_waits(messages)
+                assert fake.rows[url]
 
 
 async def test_replay_is_refused() -> None:
@@ -139,6 +147,20 @@ async def test_unknown_topic_is_dropped_but_only_for_who_may_send(kind: str) -> 
         if kind != "none":
             await fake.deliver(url, b"old", b"x", headers={"Authorization": None})
             assert (fake.deliveries[1].status, fake.deliveries[1].body == DROP) == (401, False)
+
+
+async def test_a_claim_above_the_limit_is_refused_before_the_body_comes() -> None:
+    """V14, V15"""
+    async with subscribed("none", max_receive_body=10) as (_fake, messages, url):
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        async with Conversation(port) as conversation:
+            head = encode(ReceiveHead(b"", b"t", b"id", 2**64 - 1))
+            await conversation.send(
+                b"POST /v1/receive HTTP/1.1\r\nHost: h\r\nRepr-Digest: sha-512=" + GOOD
+                + b"\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(head), head)
+            )  # fmt: skip
+            assert (await conversation.receive(1))[0] == [413]
+        await nothing_waits(messages)
 
 
 async def test_too_long_and_other_methods_and_paths() -> None:
