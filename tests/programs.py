@@ -120,6 +120,26 @@ def started(argv: list[str], cwd: Path, **env: str) -> Iterator[Program]:
         program.process.wait(PATIENCE)
 
 
+def workers(pid: int) -> list[int]:
+    """The worker processes of a broadcaster."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @contextmanager
 def broadcaster(cwd: Path, *options: str) -> Iterator[tuple[Program, str]]:
     """`lonelypss serve` in a directory, and its url."""

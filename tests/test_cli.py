@@ -29,7 +29,7 @@ from lonelypss.cli import main as broadcaster_cli
 from lonelypss.config import options
 from lonelypss.store.base import Kind
 from lonelypss.store.sqlite import SqliteStore
-from programs import broadcaster, command, environment, eventually, free_port, run, started
+from programs import broadcaster, command, environment, eventually, free_port, run, started, workers
 
 KINDS = ("hmac", "token", "none")
 FILES = ("broadcaster-secrets.json", "subscriber-secrets.json", "main.py")
@@ -319,15 +319,7 @@ def test_a_running_notify_is_finished_before_it_stops(tmp_path: Path) -> None:
 
 def _children(pid: int, number: int) -> list[int]:
     """The worker processes, when there are `number` of them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            workers = b"spawn_main" in (path.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == pid and workers:
-            found.append(int(path.parent.name))
+    found = workers(pid)
     return found if len(found) == number else []
 
 

@@ -19,7 +19,7 @@ from lonelypsc.config.auth_config import AuthConfigFromParts
 from lonelypsc.config.config import make_http_pub_sub_config
 from lonelypsc.config.file_config import get_auth_config_from_file
 from lonelypsc.http_client import HttpPubSubClient
-from programs import command, free_port, started
+from programs import command, free_port, started, workers
 
 
 @pytest.fixture(params=[(1, 1), (2, 1), (1, 2)], ids=["1-process", "2-workers", "2-broadcasters"])
@@ -149,6 +149,48 @@ async def test_two_broadcasters_restarted_under_load(
             assert not missing or receiver.gaps > 1, (kind, len(missing))
         if signum == signal.SIGTERM:
             assert not set(sent) - receivers["http"].got.keys()
+        counts = {kind: (len(r.got), r.gaps - 1) for kind, r in receivers.items()}
+        print(f"sent {len(sent)}, failed 0, received and gaps: {counts}")
+
+
+async def test_a_worker_is_killed_under_load(database: str, tmp_path: Path) -> None:
+    """The others go on, it is replaced, and who was connected to it is told."""
+    async with running(tmp_path, database, 2, 1) as fleet, AsyncExitStack() as stack:
+        (program,) = fleet.programs.values()
+        receivers = {
+            f"{kind} {n}": await stack.enter_async_context(
+                Receiver(fleet.client(kind), exact=[b"t"]).listening()
+            )
+            for kind in ("http", "websocket")
+            for n in range(3)
+        }
+        publisher = await stack.enter_async_context(fleet.client("http"))
+        sent: list[bytes] = []
+        stopping = False
+
+        async def publish(number: int) -> None:
+            while not stopping:
+                sent.append(b"%d/%d" % (number, len(sent)))
+                await publisher.notify(topic=b"t", data=sent[-1])
+
+        async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as group:
+            for number in range(3):
+                group.create_task(publish(number))
+            await passed(sent, 30)
+            victim = workers(program.process.pid)[0]
+            os.kill(victim, signal.SIGKILL)
+            await asyncio.to_thread(program.line, f"worker {victim} ended with status -9")
+            while len(now := workers(program.process.pid)) < 2 or victim in now:
+                await asyncio.sleep(0.05)
+            await passed(sent, 30)
+            stopping = True
+        async with asyncio.timeout(DEADLINE):
+            while (await publisher.notify(topic=b"t", data=b"last")).notified < len(receivers):
+                await asyncio.sleep(0.05)
+        for kind, receiver in receivers.items():
+            await receiver.until(lambda r=receiver: r.got[b"last"] > 0)
+            missing = set(sent) - receiver.got.keys()
+            assert not missing or ("websocket" in kind and receiver.gaps > 1), (kind, len(missing))
 
 
 async def passed(sent: list[bytes], number: int = 100) -> None:

@@ -6,16 +6,21 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import sqlite3
+import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import postgres
+from lonelypss.config import BroadcasterConfig
+from lonelypss.store.choose import make_store
 from lonelypss.store.sqlite import SqliteStore
 
 from .harness import (
@@ -133,6 +138,67 @@ async def test_kill_in_the_middle_of_a_fanout(tmp_path: Path, journal_after: flo
             assert await two.notify() == 2
 
 
+DATABASES: dict[str, Callable[[Path], str]] = {
+    "sqlite": lambda directory: f"sqlite:///{directory}/one.db",
+    "postgres": lambda directory: postgres.shared().database(),
+}
+
+
+@pytest.fixture(params=DATABASES)
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return DATABASES[request.param](tmp_path)
+
+
+async def test_the_other_broadcaster_announces_what_a_killed_one_left(
+    db: str, tmp_path: Path
+) -> None:
+    """F21: one of two is killed while a subscriber reads the message."""
+    options = {
+        "db": db,
+        "journal_after": 0.0,
+        "outgoing_http_timeout_total": 1.0,
+        "outgoing_http_timeout_sock_read": None,
+    }
+    async with (
+        Subscriber(auth=hmac_auth()) as hanging,
+        process(tmp_path, **options) as one,
+        process(tmp_path, **options) as two,
+    ):
+        hanging.handler = lambda r: None if "receive" in r.path else hanging.confirm(r)
+        await one.ok(one.peer.subscribe(hanging.url, b"t", hanging.recovery))
+        task = asyncio.create_task(one.notify())
+        await hanging.got(1)
+        await one.kill()
+        with pytest.raises((OSError, asyncio.IncompleteReadError)):
+            await task
+        await until(lambda: notices(hanging) == [b"t"], 20)
+        hanging.handler = None
+        assert await two.notify() == 1
+
+
+@pytest.mark.parametrize("after", [0.01, 0.05])
+async def test_kill_in_the_middle_of_a_set(db: str, after: float, tmp_path: Path) -> None:
+    """C24: one of both lists is there."""
+    lists = [tuple((b"%d/%d" % (n, i), None) for i in range(1000)) for n in range(2)]
+    lists = [tuple(sorted(each)) for each in lists]
+    async with process(tmp_path, db=db) as one:
+        url = "http://127.0.0.1:9/v1/receive"
+        await one.ok(one.peer.set(url, lists[0]))
+        for turn in range(1, 4):  # so that the next takes a usual time
+            await one.ok(one.peer.set(url, lists[turn % 2]))
+        task = asyncio.create_task(one.send(one.peer.set(url, lists[0])))
+        await asyncio.sleep(after)
+        await one.kill()
+        await asyncio.gather(task, return_exceptions=True)
+        store = make_store(BroadcasterConfig(db=db))
+        await store.open()
+        try:
+            found = tuple((s.pattern, s.recovery) for s in await store.subscriptions(url))
+            assert found in lists
+        finally:
+            await store.close()
+
+
 async def test_subscriber_that_was_away_hears_of_it(tmp_path: Path) -> None:
     # a port of its own for both lives
     async with Subscriber(auth=hmac_auth()) as reserved:
@@ -186,6 +252,75 @@ async def test_locked_database_is_503_and_then_fine(tmp_path: Path) -> None:
             assert await one.notify(b"later") == 1
         finally:
             locker.close()
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[bool]:
+    """A disk of 1 MiB in `directory`, for whoever may mount one; whether there is."""
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory],
+        check=False,
+        capture_output=True,
+    ).returncode
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@pytest.mark.parametrize("is_disk", [True, False], ids=["full", "file too large"])
+async def test_a_disk_that_takes_no_more_is_503_and_then_fine(
+    is_disk: bool, tmp_path: Path
+) -> None:
+    """F05, C31. Without the right to mount, both are a limit for the size of files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    filler = disk / "filler"
+    with small_disk(disk) if is_disk else contextlib.nullcontext(False) as mounted:
+        async with (
+            Subscriber(auth=hmac_auth()) as subscriber,
+            process(tmp_path, db=f"sqlite:///{disk}/one.db") as one,
+        ):
+            before = tuple((b"before/%03d" % n, subscriber.recovery) for n in range(100))
+            await one.ok(one.peer.set(subscriber.url, before))
+            if mounted:
+                with filler.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+                    while True:
+                        out.write(b"x" * 4096)
+            else:
+                size = (disk / "one.db-wal").stat().st_size
+                _limit(one, size)
+            # until what was set aside in the -wal is used up
+            async with within():
+                for n in range(10_000):
+                    response = await one.send(one.peer.subscribe(subscriber.url, b"x/%d" % n))
+                    if response.status != 200:
+                        break
+            for request in (
+                one.peer.subscribe(subscriber.url, b"during" * 1000),
+                one.peer.set(subscriber.url, tuple((b"%03d" % n, None) for n in range(999))),
+            ):
+                response = await one.send(request)
+                assert response.status == 503, response
+                assert int(response.headers["retry-after"]) >= 1
+                assert b"database" in response.body
+            assert await one.notify(b"before/000") == 1, "who reads does not care"
+            assert await one.notify(b"during" * 1000) == await one.notify(b"500") == 0
+            filler.unlink(missing_ok=True)
+            _limit(one, resource.RLIM_INFINITY)
+            after = one.peer.subscribe(subscriber.url, b"after" * 1000)
+            await until_async(lambda: answered(one, after))
+            assert [await one.notify(t) for t in (b"after" * 1000, b"before/099")] == [1, 1]
+
+
+def _limit(one: Process, size: int) -> None:
+    _, hard = resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+async def answered(one: Process, request: Signed) -> bool:
+    return (await one.send(request)).status == 200
 
 
 async def test_one_of_100_hosts_hangs(tmp_path: Path) -> None:

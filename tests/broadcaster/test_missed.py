@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import postgres
 from lonelypsp.errors import AuthResult
 from lonelypsp.signing import AuthConfig, Hmac, Nothing
 from lonelypss.app import Broadcaster
@@ -242,8 +243,12 @@ async def test_failure_during_a_notice_is_not_lost() -> None:
         await until_async(lambda: none_left(one))
 
 
-async def test_each_slot_is_sent_once_by_two_broadcasters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+async def test_each_slot_is_sent_once_by_two_broadcasters(database: str, tmp_path: Path) -> None:
+    """F21"""
     db = f"sqlite:///{tmp_path}/one.db"
+    if database == "postgres":
+        db = postgres.shared().database()
     async with Subscriber() as subscriber:
         async with announcing(db=db) as one, announcing(db=db) as two:
             subscriber.handler = failing(subscriber)

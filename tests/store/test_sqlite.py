@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -508,6 +510,31 @@ async def test_a_copy_taken_at_any_moment_is_whole(path: Path, tmp_path: Path) -
             Path(f"{copy}-wal").write_bytes(Path(f"{path}-wal").read_bytes())
             async with opened(SqliteStore(str(copy))) as left:
                 assert len(await left.subscriptions(A)) == n
+
+
+async def test_a_copy_taken_in_the_middle_of_writing_is_whole(path: Path, tmp_path: Path) -> None:
+    """F07: another process is stopped at random moments."""
+    answered: set[bytes] = set()
+    with python(SUBSCRIBE_FOREVER, path) as process:
+        reader = threading.Thread(target=lambda: answered.update(process.stdout))
+        reader.start()
+        try:
+            while not answered:
+                await asyncio.sleep(0.01)
+            for n in range(20):
+                await asyncio.sleep(random.random() * 0.03)
+                process.send_signal(signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)
+                known = {line.rstrip(b"\n") for line in answered.copy()}
+                copy = tmp_path / f"{n}.db"
+                copy.write_bytes(path.read_bytes())
+                Path(f"{copy}-wal").write_bytes(Path(f"{path}-wal").read_bytes())
+                process.send_signal(signal.SIGCONT)
+                async with opened(SqliteStore(str(copy))) as left:
+                    assert known <= {s.pattern for s in await left.subscriptions(A)}
+        finally:
+            process.kill()
+            reader.join()
 
 
 OPEN = """
