@@ -19,6 +19,9 @@ from lonelypsc.config.file_config import get_auth_config_from_file
 from lonelypsc.config.ws_config import make_websocket_pub_sub_config
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.ws_client import WebsocketPubSubClient
+from lonelypss.config import BroadcasterConfig
+from lonelypss.store import Store
+from lonelypss.store.choose import make_store
 from programs import Program, command, free_port, run, started
 from servers import read_auth
 
@@ -50,6 +53,17 @@ class Fleet:
         program = self.stack.enter_context(started(argv, self.directory))
         await asyncio.to_thread(program.line, "lonelypss listens on")
         self.programs[port] = program
+
+    @asynccontextmanager
+    async def store(self) -> AsyncIterator[Store]:
+        """What the database holds, past the broadcasters."""
+        url = self.db.replace("sqlite:///", f"sqlite:///{self.directory}/")
+        store = make_store(BroadcasterConfig(db=url))
+        await store.open()
+        try:
+            yield store
+        finally:
+            await store.close()
 
     def peer(self) -> Peer:
         """Makes requests one by one, and sees each answer as it is."""
@@ -98,7 +112,7 @@ async def running(
         await asyncio.gather(*(fleet.start(port) for port in ports))
         yield fleet
         for program in fleet.programs.values():
-            assert await asyncio.to_thread(program.stop) == 0
+            assert await asyncio.to_thread(program.stop) == 0, program.rest()
 
 
 class Receiver:
