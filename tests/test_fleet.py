@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import postgres
 from fleets import DATABASES, DEADLINE, Fleet, Receiver, running
 from lonelypsc.client import PubSubClient
 from lonelypsc.config.auth_config import AuthConfigFromParts
@@ -195,6 +196,23 @@ async def test_a_worker_is_killed_under_load(database: str, tmp_path: Path) -> N
             await receiver.until(lambda r=receiver: r.got[b"last"] > 0)
             missing = set(sent) - receiver.got.keys()
             assert not missing or ("websocket" in kind and receiver.gaps > 1), (kind, len(missing))
+
+
+async def test_a_worker_that_cannot_start_yet_is_tried_again(tmp_path: Path) -> None:
+    """Others are up and will not end with it: the database may be away for a while."""
+    with postgres.server() as server:
+        async with running(tmp_path, server.database(), 2, 1) as fleet:
+            (program,) = fleet.programs.values()
+            for _ in range(2):
+                await asyncio.to_thread(program.line, "other broadcasters reach the websockets")
+            victim = workers(program.process.pid)[0]
+            await asyncio.to_thread(server.stop)
+            os.kill(victim, signal.SIGKILL)
+            await asyncio.to_thread(program.line, "ended with status 75; starting another")
+            await asyncio.to_thread(server.start)
+            await asyncio.to_thread(program.line, "other broadcasters reach the websockets")
+            async with fleet.client("http") as client:
+                assert (await client.notify(topic=b"t", data=b"x")).notified == 0
 
 
 async def passed(sent: list[bytes], number: int = 100) -> None:
