@@ -271,7 +271,7 @@ class Exchange:
         answer: what the answer is.
         repeats: fields that it has from the frame.
         covers: what it is signed with besides; a peer may choose any of these.
-        given: its other fields, once they are known.
+        given: whether it is known, and only waits for its turn.
     """
 
     __slots__ = ("answer", "covers", "given", "repeats")
@@ -285,7 +285,7 @@ class Exchange:
         self.answer = answer
         self.repeats = repeats
         self.covers = covers
-        self.given: Mapping[str, Any] | None = None
+        self.given = False
 
 
 # What a frame can mean. Those that come often are not frozen, which would triple their cost.
@@ -668,25 +668,21 @@ class Session:
             decompressed_sha512: for CONFIRM_NOTIFY, where the body was compressed.
         """
         exchange = event.exchange
-        if exchange.given is not None:
+        if exchange.given:
             raise LocalProtocolError(f"{exchange.answer.__name__} was given already")
         if not 0 <= subscribers <= _MOST_SUBSCRIBERS:  # it may be sent later than it is given
             raise LocalProtocolError(f"{subscribers} subscribers cannot be signed")
-        whole = isinstance(event, BodyArrived) and isinstance(event.head, m.Notify)
-        if whole and decompressed_sha512 is not None:  # for a stream older peers sign the other
+        if decompressed_sha512 is not None and _is_whole(event):
+            # for a stream older peers sign the other
             exchange.covers = ({**exchange.covers[0], "sha512": decompressed_sha512},)
         if exchange.answer is m.ConfirmNotify:
-            exchange.given = {"subscribers": subscribers}
-        else:
-            exchange.given = _NOTHING
-        frames: list[bytes] = []
-        while self._owed and (given := self._owed[0].given) is not None:
-            if self.phase is Phase.CLOSED:
-                break
-            due = self._owed[0]
-            due.repeats.update(given)
+            exchange.repeats["subscribers"] = subscribers
+        exchange.given = True
+        owed, frames = self._owed, []
+        while owed and owed[0].given and self.phase is not _CLOSED:
+            due = owed[0]
             frames.append(self._send(due.answer, now, due.repeats, due.covers[0]))
-            self._owed.popleft()
+            owed.popleft()
         return frames
 
     def open_stream(self, payload: Payload) -> None:
@@ -793,7 +789,8 @@ class Session:
         self, cls: type[Any], now: float, fields: Mapping[str, Any], covers: Mapping[str, Any]
     ) -> Message:
         """A message, signed."""
-        self._out_of_place(cls)
+        if self.phase is not _OPEN or self._sending is not None or cls not in _USUAL:
+            self._out_of_place(cls)
         made: Message = cls(**fields)
         rule, signed = RULES[cls], made.signed()
         if rule.place:
@@ -1172,6 +1169,10 @@ def _never_from_older_client(message: Any) -> bool:
     if isinstance(message, m.ConfirmReceive) and message.num_subscribers != 1:
         return True
     return bool(message.tracing)
+
+
+def _is_whole(event: Owed) -> bool:
+    return isinstance(event, BodyArrived) and isinstance(event.head, m.Notify)
 
 
 def _request_exchange(message: Any, url: str) -> Exchange:
