@@ -1,9 +1,11 @@
-"""A message larger than memory limits: one file to two subscribers, with hmac.
+"""A message larger than memory limits: one file to several subscribers, with hmac.
 
-    .venv/bin/python benchmarks/large_body.py [--size 2GB] [--write]
+    .venv/bin/python benchmarks/large_body.py [--size 4GB] [--subscribers 4] [--directory D] [--write]
 
-Prints the peak memory (VmHWM) of publisher, broadcaster and subscribers, the throughput, and
-whether the same bytes arrived. Needs three times the size in free space on the temporary disk.
+Prints the peak memory (VmHWM) and the processor time of publisher, broadcaster and subscribers, the
+throughput, and whether the same bytes arrived. Needs free space for the size once for the
+broadcaster and once for each subscriber, on the disk of D; if that is the limit, D in memory
+(/dev/shm) tells what the programs can do.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from contestants import start_broadcaster, start_client, write_secrets
 from processes import Child
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-SUBSCRIBERS = 2
 SPECKS = 64
 PATIENCE = 1800.0
 
@@ -35,6 +36,7 @@ class Result:
     """Sizes in bytes, times in seconds since the publisher began to send."""
 
     size: int
+    subscribers: int
     notified: int
     equal: bool
     answered: float
@@ -42,6 +44,7 @@ class Result:
     read: list[float]
     idle_rss: dict[str, int | None]
     peak_rss: dict[str, int | None]
+    cpu: dict[str, float | None]
 
 
 def parse_size(text: str) -> int:
@@ -62,9 +65,10 @@ def make_file(path: Path, size: int) -> str:
         return hashlib.file_digest(file, "sha512").hexdigest()
 
 
-async def measure(size: int, directory: Path, scheme: str = "http") -> Result:
+async def measure(size: int, directory: Path, scheme: str = "http", number: int = 2) -> Result:
     """
     Args:
+        number: of subscribers.
         scheme: "http", or "ws" for a websocket at every client.
     """
     path = directory / "body"
@@ -80,19 +84,23 @@ async def measure(size: int, directory: Path, scheme: str = "http") -> Result:
             )
 
         publisher = await client("publisher", "publisher")
-        subscribers = [
-            await client("subscriber", f"subscriber {n}") for n in range(1, SUBSCRIBERS + 1)
-        ]
+        subscribers = [await client("subscriber", f"subscriber {n}") for n in range(1, number + 1)]
         for subscriber in subscribers:  # each answers twice: subscribed, then what it got
             await subscriber.command("digest", topic="large", timeout=PATIENCE)
         children = [publisher, server, *subscribers]
         idle = {child.name: child.peak_rss() for child in children}
+        before = [child.cpu_seconds() or 0.0 for child in children]
 
         sent = await publisher.command("send_file", topic="large", path=str(path), timeout=PATIENCE)
         got = [await subscriber.answer("digest", timeout=PATIENCE) for subscriber in subscribers]
         peak = {child.name: child.peak_rss() for child in children}
+        cpu = {
+            child.name: None if (now := child.cpu_seconds()) is None else round(now - then, 2)
+            for child, then in zip(children, before, strict=True)
+        }
     return Result(
         size=size,
+        subscribers=number,
         notified=sent["notified"],
         equal=all(answer["sha512"] == answer["announced"] == sha512 for answer in got),
         answered=sent["ended"] - sent["started"],
@@ -100,6 +108,7 @@ async def measure(size: int, directory: Path, scheme: str = "http") -> Result:
         read=[answer["read"] - sent["started"] for answer in got],
         idle_rss=idle,
         peak_rss=peak,
+        cpu=cpu,
     )
 
 
@@ -107,20 +116,23 @@ def table(result: Result) -> str:
     def mb(value: int | None) -> str:
         return "?" if value is None else f"{value / 10**6:,.0f}"
 
+    def per_gb(value: float | None) -> str:
+        return "?" if value is None else f"{value / result.size * 10**9:.2f}"
+
     rate = result.size / result.answered / 10**6
     same = "the same bytes at all ends (sha512)" if result.equal else "DIFFERENT BYTES ARRIVED"
     lines = [
-        f"{result.size:,} bytes to {result.notified} of {SUBSCRIBERS} subscribers: {same}.",
+        f"{result.size:,} bytes to {result.notified} of {result.subscribers} subscribers: {same}.",
         "",
-        "| | peak RSS, MB | before the message, MB |",
-        "|---|--:|--:|",
+        "| | peak RSS, MB | before the message, MB | CPU s per GB |",
+        "|---|--:|--:|--:|",
         *(
-            f"| {n} | {mb(peak)} | {mb(result.idle_rss[n])} |"
+            f"| {n} | {mb(peak)} | {mb(result.idle_rss[n])} | {per_gb(result.cpu[n])} |"
             for n, peak in result.peak_rss.items()
         ),
         "",
         f"The publisher had its answer after {result.answered:.1f} s: {rate:,.0f} MB/s from its"
-        f" file to all subscribers, {rate * SUBSCRIBERS:,.0f} MB/s delivered. The subscribers held"
+        f" file to all subscribers, {rate * result.subscribers:,.0f} MB/s delivered. The subscribers held"
         f" the message after {', '.join(f'{s:.1f}' for s in result.arrived)} s and had read and"
         f" hashed it after {', '.join(f'{s:.1f}' for s in result.read)} s.",
     ]
@@ -129,14 +141,15 @@ def table(result: Result) -> str:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=parse_size, default="2GB", help="default 2GB")
+    parser.add_argument("--size", type=parse_size, default="4GB", help="default 4GB")
+    parser.add_argument("--subscribers", type=int, default=4, help="default 4")
     parser.add_argument("--directory", type=Path, help="for the file and the spools")
     parser.add_argument("--write", action="store_true", help="results/ and the table in README.md")
     arguments = parser.parse_args()
 
     about: dict[str, Any] = report.machine()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as directory:
-        result = await measure(arguments.size, Path(directory))
+        result = await measure(arguments.size, Path(directory), number=arguments.subscribers)
     versions = report.own_packages()
     text = report.heading(about, versions) + "\n" + table(result)
     print(text)
@@ -144,7 +157,7 @@ async def main() -> None:
         data = {"machine": about, "packages": versions, "result": asdict(result)}
         report.write("large_body", text, data, directory=report.HERE / "results")
         report.into_readme("large body", text)
-    if not result.equal or result.notified != SUBSCRIBERS:
+    if not result.equal or result.notified != arguments.subscribers:
         sys.exit("the message did not arrive as it was sent")
 
 
