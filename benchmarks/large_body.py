@@ -1,6 +1,7 @@
 """A message larger than memory limits: one file to several subscribers, with hmac.
 
-    .venv/bin/python benchmarks/large_body.py [--size 4GB] [--subscribers 4] [--directory D] [--write]
+    .venv/bin/python benchmarks/large_body.py [--size 4GB] [--subscribers 4] [--directory D]
+        [--write]
 
 Prints the peak memory (VmHWM) and the processor time of publisher, broadcaster and subscribers, the
 throughput, and whether the same bytes arrived. Needs free space for the size once for the
@@ -132,9 +133,9 @@ def table(result: Result) -> str:
         ),
         "",
         f"The publisher had its answer after {result.answered:.1f} s: {rate:,.0f} MB/s from its"
-        f" file to all subscribers, {rate * result.subscribers:,.0f} MB/s delivered. The subscribers held"
-        f" the message after {', '.join(f'{s:.1f}' for s in result.arrived)} s and had read and"
-        f" hashed it after {', '.join(f'{s:.1f}' for s in result.read)} s.",
+        f" file to all subscribers, {rate * result.subscribers:,.0f} MB/s delivered. The"
+        f" subscribers held the message after {', '.join(f'{s:.1f}' for s in result.arrived)} s and"
+        f" had read and hashed it after {', '.join(f'{s:.1f}' for s in result.read)} s.",
     ]
     return "\n".join([*lines, ""])
 

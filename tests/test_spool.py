@@ -75,6 +75,30 @@ def test_directory_that_is_missing(tmp_path: Path) -> None:
         Spool(LIMIT + 1, memory_limit=LIMIT, directory=str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize("memory_limit", [0, 10**6])
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [5, 0, 7], [1] * 64, [1] * 65, [3] * 3000, [200_000] * 3]
+)
+def test_several_chunks_at_once(sizes: list[int], memory_limit: int) -> None:
+    chunks = [bytes([n % 251]) * size for n, size in enumerate(sizes)]
+    data = b"".join(chunks)
+    with Spool(len(data), memory_limit=memory_limit) as spool:
+        spool.write(*chunks)
+        body = spool.finish(sha512(data))
+    assert body.read_at(0, len(data) + 1) == data
+    body.close()
+
+
+def test_a_disk_that_takes_chunks_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = [b"one", b"two", b"three"]
+    monkeypatch.setattr(os, "writev", lambda fd, given: os.write(fd, b"".join(given)[:4]))
+    with Spool(11, memory_limit=0) as spool:
+        spool.write(*chunks)
+        body = spool.finish(sha512(b"onetwothree"))
+    assert body.read_at(0, 20) == b"onetwothree"
+    body.close()
+
+
 @given(
     data=st.binary(max_size=300),
     cuts=st.lists(st.integers(0, 300), max_size=12),

@@ -43,7 +43,8 @@ FRAGMENT_HEADER = b"x-subscription-fragment"
 _OCTETS = b"application/octet-stream"
 _RETRY_SOON = (b"retry-after", b"1")
 _CLOSE = (b"connection", b"close")
-_DISK_PIECE = 512 * 1024
+_DISK_PIECE = 1024 * 1024  # bytes, and ...
+_DISK_CHUNKS = 64  # ... chunks that are written together
 _LIMITS = HttpLimits()
 _TOO_SLOW = 408
 _MAX_MISSED = 2 * (2 + 65_535)
@@ -401,10 +402,11 @@ async def _to_memory(spool: Spool, first: bytes, chunks: AsyncIterator[bytes]) -
 
 
 async def _to_disk(spool: Spool, first: bytes, chunks: AsyncIterator[bytes]) -> None:
-    piece = bytearray(first)
+    gathered, size = [first], len(first)
     async for chunk in chunks:
-        piece += chunk
-        if len(piece) >= _DISK_PIECE:
-            await asyncio.to_thread(spool.write, bytes(piece))
-            piece.clear()
-    await asyncio.to_thread(spool.write, bytes(piece))
+        gathered.append(chunk)
+        size += len(chunk)
+        if size >= _DISK_PIECE or len(gathered) == _DISK_CHUNKS:
+            await asyncio.to_thread(spool.write, *gathered)
+            gathered, size = [], 0
+    await asyncio.to_thread(spool.write, *gathered)

@@ -307,7 +307,12 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
                 if self.received - self.answered_at > _LINGER_BYTES:
                     self.transport.abort()
                 return
-            cycle.body += body
+            if not cycle.body:
+                cycle.body = body  # as it is: large bodies are copied often enough
+            else:
+                if type(cycle.body) is bytes:
+                    cycle.body = bytearray(cycle.body)
+                cycle.body += body
             if len(cycle.body) > _HIGH_WATER:
                 self.flow.pause_reading()
             cycle.message_event.set()

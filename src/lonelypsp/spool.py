@@ -15,11 +15,12 @@ import io
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from lonelypsp.errors import RemoteProtocolError
 
+_MOST_AT_ONCE = 64  # pieces in one system call
 DEFAULT_MEMORY_LIMIT = 10 * 1024 * 1024
 
 
@@ -94,6 +95,19 @@ class Body:
             raise ValueError("the body is closed: a message is valid until the next iteration")
         return os.pread(file.fileno(), length, offset)
 
+    def send_at(self, socket: int, offset: int, length: int) -> int:
+        """Sends up to `length` bytes of a body on disk from `offset` on to a socket, a file
+        descriptor, without reading them; how many, 0 at the end. Not all systems can do that.
+
+        Raises:
+            OSError: of the socket or of the disk; BlockingIOError: the socket takes nothing now.
+            ValueError: the body was closed.
+        """
+        file = self._file
+        if file is None:
+            raise ValueError("the body is closed, or in memory")
+        return os.sendfile(socket, file.fileno(), offset, length)
+
     def view(self) -> memoryview:
         """All of it, without reading what is on disk before it is looked at."""
         if self.data is not None:
@@ -154,6 +168,17 @@ class _BodyFile(io.RawIOBase):
         return self._position
 
 
+def _write_out(file: BinaryIO, chunks: Sequence[bytes | memoryview]) -> None:
+    written = 0
+    if 1 < len(chunks) <= _MOST_AT_ONCE and hasattr(os, "writev"):
+        written = os.writev(file.fileno(), chunks)
+        if written == sum(map(len, chunks)):
+            return
+    rest = memoryview(b"".join(chunks) if len(chunks) > 1 else chunks[0])[written:]
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 class Spool:
     """Takes a body whose length was declared; use as a context manager, or `close` it.
 
@@ -187,8 +212,8 @@ class Spool:
     def on_disk(self) -> bool:
         return self._file is not None
 
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Appends `chunk`.
+    def write(self, *chunks: bytes | memoryview) -> None:
+        """Appends `chunks`.
 
         Raises:
             RemoteProtocolError: the body is longer than declared.
@@ -197,16 +222,15 @@ class Spool:
         """
         if self._closed:
             raise ValueError("the spool is closed")
-        self.written += len(chunk)
+        self.written += sum(map(len, chunks))
         if self.written > self.length:
             raise _too_long(self.length)
-        self._hash.update(chunk)
+        for chunk in chunks:
+            self._hash.update(chunk)
         if self._file is None:
-            self._memory.write(chunk)
-            return
-        rest = memoryview(chunk)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+            self._memory.writelines(chunks)
+        else:
+            _write_out(self._file, chunks)
 
     def finish(self, sha512: bytes) -> Body:
         """The body, if it is as long as declared and its hash is `sha512`.

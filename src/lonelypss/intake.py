@@ -11,6 +11,8 @@ from lonelypss.config import BroadcasterConfig
 
 WRITE_SIZE = 1024 * 1024
 """Bytes gathered before one write to a spool on disk."""
+WRITE_CHUNKS = 64
+"""Chunks gathered before that, since small ones cost more than their bytes."""
 
 
 class NoRoom(Exception):
@@ -95,16 +97,17 @@ async def fill(
         chunk, more = await next_chunk()
         gathered.append(chunk)
         size += len(chunk)
-        if size >= WRITE_SIZE:
-            await write(spool, b"".join(gathered))
+        if size >= WRITE_SIZE or len(gathered) == WRITE_CHUNKS:
+            await write(spool, *gathered)
             gathered, size = [], 0
-    await write(spool, b"".join(gathered))
+    if gathered:
+        await write(spool, *gathered)
 
 
-async def write(spool: Spool, chunk: bytes | memoryview) -> None:
-    """One chunk, in a thread; raises as `fill`."""
+async def write(spool: Spool, *chunks: bytes | memoryview) -> None:
+    """A few chunks, in a thread; raises as `fill`."""
     try:
-        await asyncio.to_thread(spool.write, chunk)
+        await asyncio.to_thread(spool.write, *chunks)
     except OSError as e:
         raise _no_disk(e) from e
 

@@ -31,6 +31,7 @@ import httptools
 
 from lonelypsp.spool import Body
 from lonelypss.config import BroadcasterConfig, ConfigError
+from lonelypss.filesend import send_file
 from lonelypss.logs import Lines
 from lonelypss.resolver import Resolver
 from lonelypss.urlpolicy import Address, Target, UrlPolicy, UrlRefused
@@ -495,27 +496,42 @@ class _Connection(asyncio.Protocol):
 
     async def _send(self, head: bytes, body: Body) -> None:
         assert self.transport is not None
-        self.transport.write(head)
-        offset = 0
-        while offset < body.length:
-            try:
+        transport, offset = self.transport, 0
+        try:
+            if body.on_disk:
+                offset = await self._send_file(transport, head, body)
+            else:
+                transport.write(head)
+            while offset < body.length and not transport.is_closing():
                 chunk = (
                     await asyncio.to_thread(body.read_at, offset, CHUNK)
                     if body.on_disk
                     else body.read_at(offset, CHUNK)
                 )
-            except (OSError, ValueError) as e:  # ValueError: closed, the request was cancelled
-                self.discard(f"cannot read the spooled message: {e}")
-                return
-            if not chunk:
-                self.discard(f"the spooled message ends after {offset:,} bytes")
-                return
-            await self.writable.wait()
-            if self.transport.is_closing():
-                return
-            self.transport.write(chunk)
-            self.touched = self.host.sender.loop.time()
-            offset += len(chunk)
+                if not chunk:
+                    self.discard(f"the spooled message ends after {offset:,} bytes")
+                    return
+                await self.writable.wait()
+                if transport.is_closing():
+                    return
+                transport.write(chunk)
+                self._progress()
+                offset += len(chunk)
+        except (ConnectionError, TimeoutError):
+            return  # the transport is about to notice
+        except (OSError, ValueError) as e:  # ValueError: closed, the request was cancelled
+            self.discard(f"cannot read the spooled message: {e}")
+
+    async def _send_file(self, transport: asyncio.Transport, head: bytes, body: Body) -> int:
+        """See `send_file`; the head has to be gone before."""
+        transport.set_write_buffer_limits(high=0)
+        transport.write(head)
+        await self.writable.wait()
+        transport.set_write_buffer_limits()
+        return 0 if transport.is_closing() else await send_file(transport, body, self._progress)
+
+    def _progress(self) -> None:
+        self.touched = self.host.sender.loop.time()
 
     def data_received(self, data: bytes) -> None:
         if self.post is None:
