@@ -22,6 +22,7 @@ from lonelypsp import bodies, messages, signing
 from lonelypsp.session import RULES, Inside, Url
 from lonelypsp.wire import layout
 from lonelypss.config import options
+from lonelypss.outcomes import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(?P<begin><!-- generated: (?P<name>.+?) -->\n).*?(?P<end><!-- end -->)", re.S)
@@ -103,6 +104,13 @@ def operation_table() -> str:
             )
             for row in signing.OPERATIONS.values()
         ],
+    )
+
+
+def outcome_table() -> str:
+    return table(
+        ("answer", "counted", "afterwards", "its host"),
+        [(row.answer, row.count, row.then, row.host.value) for row in Outcome],
     )
 
 
@@ -240,6 +248,7 @@ GENERATORS: Mapping[str, Callable[..., str]] = {
     "broadcaster endpoints": lambda: endpoint_table(bodies.BROADCASTER_ENDPOINTS),
     "subscriber endpoints": lambda: endpoint_table(bodies.SUBSCRIBER_ENDPOINTS),
     "bodies": body_tables,
+    "outcomes": outcome_table,
     "operations": operation_table,
     "websocket kinds": kinds_table,
     "websocket headers": header_table,

@@ -65,8 +65,8 @@ class Broadcaster:
                 " give load_auth the same db"
             )
         self.store = make_store(config) if store is None else store
-        self.sender = Sender(config)
         self.metrics = PrometheusMetrics() if config.metrics else NO_METRICS
+        self.sender = Sender(config, metrics=self.metrics)
         if tracing is None:
             tracing = OpenTelemetry() if config.tracing else NO_TRACING
         self.tracing = tracing
@@ -172,7 +172,7 @@ class Broadcaster:
                     values["missed_backlog"] = rows["missed"]
                     values["subscriptions"] = rows["exact"] + rows["glob"]
                     counted = time.monotonic()
-            self.metrics.sample(values)
+            self.metrics.sample(values, self.sender.breakers())
             await asyncio.sleep(_SAMPLE_INTERVAL)
 
 

@@ -33,6 +33,8 @@ class UnsubscribeImmediate(StrEnum):
 
     OBEY = "obey"
     """With status 2xx or 410 the subscription is removed."""
+    QUARANTINE = "quarantine"
+    """That must happen three times, with pauses, and nothing else in between."""
     IGNORE = "ignore"
     """It is a failed delivery."""
 
@@ -275,10 +277,25 @@ class BroadcasterConfig:
     url_https_only: bool = _option(
         False, "true | false", "Whether urls of subscribers must be https."
     )
+    outgoing_breaker_failures: int = _option(
+        5,
+        "failures",
+        "Without a reply in between, after which a host is left alone: what is sent to it fails at"
+        " once, and connections are tried in the background. 0: never.",
+        least=0,
+    )
+    outgoing_breaker_pause: float = _option(
+        0.5, "seconds", "Until the first of these; each further pause is twice as long.", least=0.1
+    )
+    outgoing_breaker_max_pause: float = _option(
+        4.0, "seconds", "Longest of these pauses.", least=0.1
+    )
     unsubscribe_immediate: UnsubscribeImmediate = _option(
         UnsubscribeImmediate.OBEY,
-        "obey | ignore",
-        "Whether a subscriber may end a subscription by answering a message with 00 0a.",
+        "obey | quarantine | ignore",
+        "What becomes of a subscription when a message is answered with 00 0a, which is not signed:"
+        " it ends; it ends with the third such answer, each a minute after the one before, and no"
+        " other in between; it stays.",
     )
     journal_after: float = _option(
         0.25,
@@ -305,6 +322,13 @@ class BroadcasterConfig:
     missed_expo_max: int = _option(11, "", "m of that pause.", least=0)
     missed_constant: float = _option(1.0, "seconds", "c of that pause.", least=0)
     missed_jitter: float = _option(2.0, "seconds", "j of that pause.", least=0)
+    missed_retry_budget: int = _option(
+        256,
+        "notices",
+        "On their way at one time to hosts that have failed and not answered since; what comes on"
+        " top counts as failed. Others are not delayed by them.",
+        least=1,
+    )
     missed_max_retries: int = _option(
         150, "attempts", "After which a notice is given up; by default after about three days.",
         least=1,

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from os import urandom
 from typing import Protocol
 
-from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE, ReceiveHead, ResponseConfirmReceive
+from lonelypsp.bodies import ReceiveHead, ResponseConfirmReceive
 from lonelypsp.errors import AuthResult, ProtocolError
 from lonelypsp.explain import DELIVERED, ExplainedSubscriber, Explanation, pack
 from lonelypsp.replay import Code
@@ -28,11 +28,15 @@ from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.missed import MissedNotices
+from lonelypss.outcomes import Outcome, retry_after
 from lonelypss.sender import (
+    ONE_WRITE,
     Post,
     Reply,
     Sender,
+    Unattended,
     authorization_header,
+    judge,
 )
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.tracing import NO_MESSAGE_STEP, MessageStep
@@ -41,6 +45,10 @@ from lonelypss.urlpolicy import Target, UrlRefused, host_of
 log = logging.getLogger(__name__)
 
 MAX_COUNT = 0xFFFF_FFFF
+HINTS = 3
+HINT_PAUSE = 60.0
+"""Seconds between two of them that count."""
+MAX_HINTS = 10_000
 IDENTIFIER_LENGTH = 8
 _MOST_EXPLAINED = 1000  # an answer has room for fewer
 
@@ -102,7 +110,7 @@ class Explained(Report):
                 url=url,
                 outcome=DELIVERED if outcome == "confirmed" else outcome,
                 reason=reason,
-                will_be_told=outcome == "failed" and any(s.recovery for s in matched),
+                will_be_told=outcome in ("failed", "skipped") and any(s.recovery for s in matched),
                 exact=any(s.kind is Kind.EXACT for s in matched),
                 globs=tuple(s.pattern.decode() for s in matched if s.kind is Kind.GLOB),
                 seconds=seconds,
@@ -142,6 +150,7 @@ class Fanout:
         self.metrics = metrics
         self.failures = Lines(log)
         self.leases = leases
+        self.hints = Hints(config)
 
     async def notify(
         self,
@@ -260,7 +269,8 @@ class Round:
         self.open = set(urls)
         self.count = 0
         self.started = time.monotonic()
-        self.failed: list[str] = []
+        self.failed: dict[str, float] = {}
+        """And how many seconds each wants to be left alone."""
         self.unsubscribed: list[str] = []
         self.journaled: list[tuple[Subscription, bytes]] = []
         self.loop = asyncio.get_running_loop()
@@ -285,7 +295,7 @@ class Round:
             tracing = self.step.delivery(url, identifier)
             sender.post(Delivery(self, url, target, identifier, tracing))
         for url, error in refused:
-            self.fail(url, f"url refused: {error}")
+            self.fail(url, Outcome.REFUSED, f"url refused: {error}")
 
     async def finished(self) -> None:
         """Waits for all answers; on the way writes down what is open after `journal_after`."""
@@ -307,19 +317,22 @@ class Round:
     def confirm(self, url: str, count: int) -> None:
         self.count += count
         self.fanout.leases.seen(url)
-        self._settled(url, "confirmed")
+        self._settled(url, Outcome.CONFIRMED)
 
     def unsubscribe(self, url: str) -> None:
         self.unsubscribed.append(url)
-        self._settled(url, "unsubscribed", "it answered 00 0a: it does not want this (any more)")
+        reason = "it answered 00 0a: it does not want this (any more)"
+        self._settled(url, Outcome.UNSUBSCRIBED, reason)
 
-    def fail(self, url: str, reason: str) -> None:
+    def fail(self, url: str, outcome: Outcome, reason: str, pause: float = 0.0) -> None:
+        """A MISSED notice follows, if it can, after `pause` seconds or later."""
         recoverable = any(s.recovery for s in self.urls[url])
         what_next = (
             "a MISSED notice follows" if recoverable else "it has no recovery url, nothing follows"
         )
         self.fanout.failures.write(
-            logging.WARNING,
+            # of a host that is left alone, one line was written when it was decided
+            logging.DEBUG if outcome is Outcome.SKIPPED else logging.WARNING,
             host_of(url),
             "delivery of topic %r to %r failed: %s; %s",
             *(self.topic, url, reason, what_next),
@@ -329,14 +342,14 @@ class Round:
             next=what_next,
             tracing=self.step.tracing,
         )
-        self.failed.append(url)
-        self._settled(url, "failed", reason)
+        self.failed[url] = pause
+        self._settled(url, outcome, reason)
 
-    def _settled(self, url: str, outcome: str, reason: str = "") -> None:
-        seconds = time.monotonic() - self.started
-        self.fanout.metrics.delivered(outcome, seconds)
-        self.report.settled(url, self.urls[url], outcome, reason, seconds)
-        self.step.settled(url, outcome, reason)
+    def _settled(self, url: str, outcome: Outcome, reason: str = "") -> None:
+        seconds, label = time.monotonic() - self.started, outcome.label
+        self.fanout.metrics.delivered(label, seconds)
+        self.report.settled(url, self.urls[url], label, reason, seconds)
+        self.step.settled(url, label, reason)
         self.open.discard(url)
         if not self.open:
             self._tell()
@@ -356,7 +369,9 @@ class Round:
         store, missed = self.fanout.store, self.fanout.missed
         # the message is out and counted: an error now would only make the publisher repeat it
         try:
-            await missed.record(self._missed(self.failed))
+            for pause in set(self.failed.values()):
+                urls = [url for url, asked in self.failed.items() if asked == pause]
+                await missed.record(self._missed(urls), pause)
         except StoreUnavailable as e:
             log.error(
                 "topic %r: cannot record %d failed deliveries, no MISSED notice will follow: %s",
@@ -418,30 +433,34 @@ class Delivery(Post):
 
     def finish(self, reply: Reply) -> None:
         """Judges the reply: the outcome table of docs/topics/protocol.md, "Replies"."""
-        round_ = self.round
+        round_, url, hints = self.round, self.url, self.round.fanout.hints
         try:
-            if reply.error:
-                round_.fail(self.url, reply.error)
-            elif reply.body == UNSUBSCRIBE_IMMEDIATE:
-                self._asked_to_stop(reply)
-            elif not 200 <= reply.status < 300:
-                round_.fail(self.url, f"status {reply.status}{excerpt(reply.body)}")
+            outcome = judge(reply)
+            if outcome is None:
+                round_.confirm(url, self._confirmed(reply.body))
+                hints.forget(url)
+            elif outcome is Outcome.HINT and (hints.count(url) or self.target.is_peer):
+                round_.unsubscribe(url)
+            elif reply.error:
+                round_.fail(url, outcome, reply.error)
             else:
-                round_.confirm(self.url, self._confirmed(reply.body))
+                said = f"status {reply.status}{excerpt(reply.body)}"
+                round_.fail(url, outcome, said, retry_after(reply.status, reply.retry_after))
         except ProtocolError as e:
-            round_.fail(self.url, f"status {reply.status} with a bad reply: {e}")
+            why = f"status {reply.status} with a bad reply: {e}"
+            round_.fail(url, Outcome.UNCONFIRMED, why)
         except Exception as e:  # noqa: BLE001 of a pluggable authenticator, and logged
             text = "cannot judge a reply"
             failures = round_.fanout.failures
-            failures.write(logging.ERROR, (host_of(self.url), text), text, exc_info=True)
-            round_.fail(self.url, f"cannot judge the reply: {e!r}")
+            failures.write(logging.ERROR, (host_of(url), text), text, exc_info=True)
+            round_.fail(url, Outcome.UNCONFIRMED, f"cannot judge the reply: {e!r}")
 
-    def _asked_to_stop(self, reply: Reply) -> None:
-        obeyed = self.round.config.unsubscribe_immediate is UnsubscribeImmediate.OBEY
-        if obeyed and (200 <= reply.status < 300 or reply.status == 410):
-            self.round.unsubscribe(self.url)
-        else:
-            self.round.fail(self.url, f"status {reply.status} with the body 00 0a")
+    def unattended(self) -> Post | None:
+        # a longer one is read while it is sent, and gone by then
+        in_one_write = self.body is None or (
+            self.body.data is not None and self.body.length <= ONE_WRITE
+        )
+        return Unattended(self) if in_one_write else None
 
     def _confirmed(self, body: bytes) -> int:
         answer = decode(ResponseConfirmReceive, body)
@@ -461,6 +480,35 @@ class Delivery(Post):
         if result is not AuthResult.OK:
             raise ProtocolError(f"its authorization is {result.name}; do both sides share secrets?")
         return answer.num_subscribers
+
+
+class Hints:
+    """What `00 0a` is worth, as `unsubscribe_immediate` says. It is not signed, and may come from
+    whoever has taken over an address."""
+
+    def __init__(self, config: BroadcasterConfig) -> None:
+        self._rule = config.unsubscribe_immediate
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def count(self, url: str) -> bool:
+        """Whether one more is enough."""
+        if self._rule is not UnsubscribeImmediate.QUARANTINE:
+            return self._rule is UnsubscribeImmediate.OBEY
+        number, last = self._seen.pop(url, (0, -math.inf))
+        now = time.monotonic()
+        if now - last >= HINT_PAUSE:
+            number, last = number + 1, now
+        if number == HINTS:
+            return True
+        self._seen[url] = number, last
+        if len(self._seen) > MAX_HINTS:
+            del self._seen[next(iter(self._seen))]
+        return False
+
+    def forget(self, url: str) -> None:
+        """It has confirmed a message."""
+        if self._seen:
+            self._seen.pop(url, None)
 
 
 def excerpt(body: bytes) -> str:

@@ -53,7 +53,7 @@ class Metrics:
         """A publisher got its answer."""
 
     def delivered(self, outcome: str, seconds: float) -> None:
-        """A delivery to a url ended as confirmed, failed or unsubscribed."""
+        """A delivery to a url ended as confirmed, failed, skipped or unsubscribed."""
 
     def queued(self, websockets: int) -> None:
         """A message was queued for so many websockets."""
@@ -67,8 +67,14 @@ class Metrics:
     def pruned(self, subscriptions: int) -> None:
         """A url gave no sign of life, and its subscriptions were removed."""
 
-    def sample(self, values: Mapping[str, float]) -> None:
-        """The present values of `GAUGES`."""
+    def breaker(self, state: str) -> None:
+        """A host is now open (left alone), half_open (being tried) or closed (works again)."""
+
+    def url_refused(self, kind: str) -> None:
+        """A url that wanted to subscribe was refused, for its `url-syntax` or by `url-policy`."""
+
+    def sample(self, values: Mapping[str, float], breakers: Mapping[str, int]) -> None:
+        """The present values of `GAUGES`, and how many hosts there are in which state."""
 
 
 NO_METRICS = Metrics()
@@ -114,7 +120,7 @@ class PrometheusMetrics(Metrics):
             "delivery", "Time of one delivery to a url.", "outcome", buckets=_SLOW
         )
         self._deliveries = {
-            o: deliveries.labels(o) for o in ("confirmed", "failed", "unsubscribed")
+            o: deliveries.labels(o) for o in ("confirmed", "failed", "skipped", "unsubscribed")
         }
         self._notify_by = {t: self._notify_time.labels(t) for t in ("http", "websocket")}
         self._queued = counter("websocket_deliveries", "Copies queued for websockets.")
@@ -126,6 +132,21 @@ class PrometheusMetrics(Metrics):
             self._notices.labels(outcome)  # from 0 on: the first one counts in an increase()
         self._pruned = counter(
             "subscriptions_pruned", "Subscriptions of urls without a sign of life, removed."
+        )
+        self._transitions = counter(
+            "breaker_transitions", "Hosts that are left alone, tried, or work again.", "to"
+        )
+        for state in ("open", "half_open", "closed"):
+            self._transitions.labels(state)
+        self._refused_urls = counter("refused_urls", "Urls that may not subscribe.", "kind")
+        for kind in ("url-syntax", "url-policy"):
+            self._refused_urls.labels(kind)
+        self._breakers = prometheus.Gauge(
+            "lonelypss_breakers",
+            "Hosts of subscribers: closed, connected; open, left alone; half_open, being tried.",
+            ("state",),
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._gauges = {
             name: prometheus.Gauge(
@@ -163,9 +184,17 @@ class PrometheusMetrics(Metrics):
     def pruned(self, subscriptions: int) -> None:
         self._pruned.inc(subscriptions)
 
-    def sample(self, values: Mapping[str, float]) -> None:
+    def breaker(self, state: str) -> None:
+        self._transitions.labels(state).inc()
+
+    def url_refused(self, kind: str) -> None:
+        self._refused_urls.labels(kind).inc()
+
+    def sample(self, values: Mapping[str, float], breakers: Mapping[str, int]) -> None:
         for name, value in values.items():
             self._gauges[name].set(value)
+        for state, number in breakers.items():
+            self._breakers.labels(state).set(number)
 
     async def scrape(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

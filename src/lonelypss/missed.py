@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from lonelypsp.bodies import Missed, ResponseConfirmMissed
 from lonelypsp.errors import AuthResult, ProtocolError
@@ -20,7 +22,8 @@ from lonelypss.config import BroadcasterConfig
 from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
-from lonelypss.sender import Post, Reply, Sender, authorization_header
+from lonelypss.outcomes import Outcome, retry_after
+from lonelypss.sender import Post, Reply, Sender, authorization_header, judge
 from lonelypss.store.base import (
     MissedNotice,
     Store,
@@ -29,15 +32,20 @@ from lonelypss.store.base import (
     UsedBefore,
 )
 from lonelypss.tracing import NO_TRACING, Tracing
-from lonelypss.urlpolicy import Target, UrlRefused, host_of
+from lonelypss.urlpolicy import Origin, Target, UrlRefused, host_of
 
 log = logging.getLogger(__name__)
 
 BATCH = 256
 MAX_UNDER_WAY = 1024
 """Notices being sent at one time: a full batch of dead hosts holds up nobody else's notices."""
-RETRY_AFTER_RANGE = (1.0, 3600.0)
-"""Seconds between which a subscriber's Retry-After is believed."""
+MAX_AT_HOST = 256
+"""Of these to one host: a slow one with many notices holds up nobody else's."""
+POSTPONED = 0.1
+"""Seconds, at least, after which what had no room is looked at again."""
+POSTPONED_RATE = 1000.0
+"""Of one host that are looked at again in one second."""
+OVER_BUDGET = "skipped: too many go to hosts that do not answer (missed_retry_budget)"
 
 
 class MissedNotices:
@@ -61,10 +69,17 @@ class MissedNotices:
         self.leases = leases
         self._wake = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._at_host: Counter[Origin] = Counter()
+        self._at_failing = 0
+        self._again: dict[Origin, float] = {}
+        """When the last notice of a host that was postponed will be looked at again."""
         self._journal: dict[tuple[int, bytes], _Note] = {}
 
-    async def record(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
+    async def record(self, items: Sequence[tuple[Subscription, bytes]], pause: float = 0.0) -> None:
         """Remembers that these (subscription, topic) pairs were not reached.
+
+        Args:
+            pause: seconds that must pass before their notices.
 
         Raises:
             StoreUnavailable: nothing was recorded.
@@ -72,13 +87,12 @@ class MissedNotices:
         for subscription, topic in items:
             if note := self._journal.get((subscription.id, topic)):
                 note.failed = True
-        await self._record(items, 0.0)
+        await self._record(items, max(self.config.missed_delay(0) or 0.0, pause))
 
-    async def _record(self, items: Sequence[tuple[Subscription, bytes]], extra: float) -> None:
-        delay = self.config.missed_delay(0)
-        if not items or delay is None:
+    async def _record(self, items: Sequence[tuple[Subscription, bytes]], delay: float) -> None:
+        if not items:
             return
-        await self.store.record_missed(items, time.time() + delay + extra)
+        await self.store.record_missed(items, time.time() + delay)
         self.metrics.notice("recorded", len(items))
         self._wake.set()
 
@@ -93,7 +107,8 @@ class MissedNotices:
         """
         fresh = [(s, topic) for s, topic in items if (s.id, topic) not in self._journal]
         if fresh:
-            write = asyncio.ensure_future(self._record(fresh, grace))
+            delay = grace + (self.config.missed_delay(0) or 0.0)
+            write = asyncio.ensure_future(self._record(fresh, delay))
             self._journal |= {(s.id, topic): _Note(write) for s, topic in fresh}
         notes = [self._journal[s.id, topic] for s, topic in items]
         for note in notes:
@@ -144,12 +159,11 @@ class MissedNotices:
         if room <= 0:
             return pause  # whichever ends first wakes us
         try:
-            for notice in await self.store.claim_missed(
-                time.time(), room, self.config.missed_lease
-            ):
-                task = asyncio.create_task(self._announce(notice))
-                self._under_way.add(task)
-                task.add_done_callback(self._ended)
+            lease = self.config.missed_lease
+            claimed = await self.store.claim_missed(time.time(), room, lease)
+            postponed = [(n, due) for n in claimed if (due := self._start(n)) is not None]
+            if postponed:
+                await self.store.postpone_missed(postponed)
             due = await self.store.next_due()
         except StoreUnavailable as e:
             log.warning("cannot look for MISSED notices, trying again soon: %s", e)
@@ -159,19 +173,52 @@ class MissedNotices:
             return pause
         return pause if due is None else min(pause, max(0.02, due - time.time()))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _start(self, notice: MissedNotice) -> float | None:
+        """Begins to send `notice`, if it is its turn; else when to look at it again."""
+        target, answer, failing = None, None, False
+        try:
+            target = self.sender.policy.target(notice.recovery)
+        except UrlRefused as e:
+            answer = Reply(0, b"", f"url refused: {e}", "", Outcome.REFUSED)
+        origin = () if target is None else target.origin
+        if target is not None:
+            if self._at_host[origin] >= MAX_AT_HOST:
+                return self._postponed(origin)
+            failing = self.sender.is_failing(target)
+            if failing and self._at_failing >= self.config.missed_retry_budget:
+                answer, failing = Reply(0, b"", OVER_BUDGET, "", Outcome.SKIPPED), False
+        self._at_host[origin] += 1
+        self._at_failing += failing
+        task = asyncio.create_task(self._announce(notice, target, answer))
+        self._under_way.add(task)
+        task.add_done_callback(partial(self._ended, origin, failing))
+        return None
+
+    def _postponed(self, origin: Origin) -> float:
+        now = time.time()
+        due = max(now + POSTPONED, self._again.get(origin, 0.0)) + 1.0 / POSTPONED_RATE
+        self._again[origin] = due
+        return due
+
+    def _ended(self, origin: Origin, failing: bool, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
+        self._at_failing -= failing
+        self._at_host[origin] -= 1
+        if not self._at_host[origin]:
+            del self._at_host[origin]
+            self._again.pop(origin, None)
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a MISSED notice failed in an unforeseen way", exc_info=error)
 
-    async def _announce(self, notice: MissedNotice) -> None:
+    async def _announce(
+        self, notice: MissedNotice, target: Target | None, answer: Reply | None
+    ) -> None:
+        """Sends it to `target`, unless there is an answer already."""
         outcome: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         step = self.tracing.notice(notice.recovery, notice.topic, notice.attempts + 1)
-        try:
-            target = self.sender.policy.target(notice.recovery)
-        except UrlRefused as e:
-            outcome.set_result(Reply(0, b"", f"url refused: {e}"))
+        if answer is not None or target is None:
+            outcome.set_result(answer)
         else:
             post = MissedPost(self.config, notice, target, outcome, step.tracing)
             self.sender.post(post)
@@ -214,7 +261,7 @@ class MissedNotices:
         what_next = "given up" if delay is None else f"again in {delay:.0f} s"
         attempt, why = notice.attempts + 1, reason(failure)
         self.attempts.write(
-            logging.WARNING,
+            logging.DEBUG if failure.outcome is Outcome.SKIPPED else logging.WARNING,
             (host_of(notice.recovery), "failed"),
             "MISSED notice about %r to %r failed (attempt %d): %s; %s",
             *(notice.topic, notice.recovery, attempt, why, what_next),
@@ -228,7 +275,8 @@ class MissedNotices:
         if delay is None:
             await self.store.finish_missed(notice, time.time())
         else:
-            await self.store.retry_missed(notice, time.time() + max(delay, wish(failure)))
+            asked = retry_after(failure.status, failure.retry_after)
+            await self.store.retry_missed(notice, time.time() + max(delay, asked))
 
 
 class _Note:
@@ -245,15 +293,6 @@ class _Note:
 def reason(failure: Reply) -> str:
     """Why it is none, for people."""
     return failure.error or f"status {failure.status}"
-
-
-def wish(reply: Reply) -> float:
-    """Seconds that the subscriber asks us to wait, within reason."""
-    asked = reply.retry_after
-    if reply.status not in (429, 503) or not (asked.isascii() and asked.isdigit()):
-        return 0.0
-    low, high = RETRY_AFTER_RANGE
-    return min(max(float(asked[:10]), low), high)
 
 
 class MissedPost(Post):
@@ -299,7 +338,7 @@ class MissedPost(Post):
                 self.outcome.set_result(Reply(0, b"", f"cannot judge the reply: {e!r}"))
 
     def _failure(self, reply: Reply) -> Reply | None:
-        if reply.error or not 200 <= reply.status < 300:
+        if judge(reply) is not None:
             return reply
         try:
             answer = decode(ResponseConfirmMissed, reply.body)

@@ -296,7 +296,11 @@ class Routes:
         own = _own_listener(scope)
         for url in urls:
             if url is not None:
-                self.fanout.sender.policy.check_subscriber(url, own)
+                try:
+                    self.fanout.sender.policy.check_subscriber(url, own)
+                except UrlRefused as e:
+                    self.metrics.url_refused(e.kind)
+                    raise
 
     async def notify(self, scope: Scope, receive: Receive) -> bytes:
         if self.draining or self.notifies >= self.config.max_notifies:

@@ -8,7 +8,9 @@ is free, `Post.finish` is told the reply, once, whatever happens.
 A host is one scheme, name and port. Each has its own connections and its own bounded queue, so
 that a slow or dead one delays nobody else. A host that was never reached is tried with one
 connection, and when that fails everything waiting for it fails with it; each connection that works
-allows two more, up to the limit.
+allows two more, up to the limit. The limit is halved when a host says that it is busy, or is silent
+for too long, and grows by one with each round of replies. A host that fails again and again is left
+alone for a while (`breaker.py`).
 
 Redirects are replies like any other, proxies and cookies do not exist, replies are neither decoded
 nor read beyond `MAX_REPLY`. A connection goes to an address that `UrlPolicy` has judged.
@@ -25,16 +27,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
+from heapq import heappop, heappush
 from typing import TypeAlias
 
 import httptools
 
 from lonelypsp.spool import Body
+from lonelypss.breaker import Breaker, State
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.filesend import send_file
 from lonelypss.logs import Lines
+from lonelypss.metrics import NO_METRICS, Metrics
+from lonelypss.outcomes import Host, Outcome, of_status
 from lonelypss.resolver import Resolver
-from lonelypss.urlpolicy import Address, Target, UrlPolicy, UrlRefused
+from lonelypss.urlpolicy import Address, Origin, Target, UrlPolicy, UrlRefused
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +52,34 @@ CHUNK = 256 * 1024
 MOST_ADDRESSES = 4
 """Of one host that are tried."""
 STOPPING = "the broadcaster is stopping"
+SKIPPED = (
+    "skipped: its host has failed too often (outgoing_breaker_failures), and is tried again soon"
+)
 TICK = 0.1
 """Seconds between two looks at the clock: how exact timeouts are."""
+PROBES = 20
+"""In one tick: hosts that failed are tried again at this rate, however many they are."""
+REMEMBERED = 60.0
+"""Seconds for which the limit of a host without connections is kept."""
+UNWANTED = 600.0
+"""Seconds without a post after which a host that failed is not tried again."""
+MAX_BREAKERS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. `status` 0: nothing did, and `error` says why."""
+    """What came back. `status` 0: nothing did, `error` says why and `outcome` what that means."""
 
     status: int
     body: bytes
     error: str = ""
     retry_after: str = ""
+    outcome: Outcome = Outcome.NOT_SENT
+
+
+def judge(reply: Reply) -> Outcome | None:
+    """What a reply comes to; None: that is for its body to say."""
+    return of_status(reply.status, reply.body) if reply.status else reply.outcome
 
 
 def authorization_header(authorization: str | None) -> bytes:
@@ -136,6 +158,45 @@ class Post:
         """Told once. Must not raise."""
         raise NotImplementedError
 
+    def unattended(self) -> Post | None:
+        """The same, to be sent at once, so that nobody waits for it; None: that cannot be."""
+        return self
+
+
+class Unattended(Post):
+    """A post of which somebody else was told that it failed."""
+
+    __slots__ = ("_post",)
+
+    def __init__(self, post: Post) -> None:
+        super().__init__(post.target, post.body)
+        self._post = post
+
+    def head(self) -> bytes:
+        return self._post.head()
+
+    def finish(self, reply: Reply) -> None:
+        """Nobody wants to know, and the host was noticed already."""
+
+
+class _Trial(Post):
+    """The post that shows whether a host answers again."""
+
+    __slots__ = ("_breaker", "_post")
+
+    def __init__(self, post: Post, breaker: Breaker) -> None:
+        super().__init__(post.target, post.body)
+        self.deadline = post.deadline
+        self._post = post
+        self._breaker = breaker
+
+    def head(self) -> bytes:
+        return self._post.head()
+
+    def finish(self, reply: Reply) -> None:
+        self._breaker.probing = False
+        self._post.finish(reply)
+
 
 Resolve: TypeAlias = Callable[[str], Awaitable[Sequence[Address]]]
 """All addresses of a name, best first; raises OSError: there are none."""
@@ -147,6 +208,7 @@ class Sender:
     Args:
         policy: where they may lead; by default what `config` says.
         resolve: by default what the system says.
+        metrics: where breakers are counted.
 
     Raises:
         ConfigError: a file that an option names cannot be used.
@@ -157,8 +219,10 @@ class Sender:
         config: BroadcasterConfig,
         policy: UrlPolicy | None = None,
         resolve: Resolve | None = None,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self.config = config
+        self.metrics = metrics
         self.policy = policy or UrlPolicy(config)
         self.connections = 0
         self.faults = Lines(log)
@@ -170,7 +234,11 @@ class Sender:
         self.starved: dict[_Host, None] = {}
         """Hosts that got no connection because there were too many, in order."""
         self.closed = True
-        self._hosts: dict[tuple[str | int, ...], _Host] = {}
+        self._hosts: dict[Origin, _Host] = {}
+        self._breakers: dict[Origin, _Failing] = {}
+        self._pauses: list[tuple[float, int, _Failing]] = []
+        """A heap: which open breakers are to be probed, and when."""
+        self._opened = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -183,6 +251,21 @@ class Sender:
         self.closed = False
         self._none_left = asyncio.Event()
 
+    def is_failing(self, target: Target) -> bool:
+        """Whether the host has failed and not answered since."""
+        return target.origin in self._breakers
+
+    def breakers(self) -> dict[str, int]:
+        """How many hosts there are in each state."""
+        found = dict.fromkeys(State, 0)
+        for breaker in self._breakers.values():
+            found[breaker.state] += 1
+        found[State.CLOSED] = sum(
+            host.breaker is None or host.breaker.state is State.CLOSED
+            for host in self._hosts.values()
+        )
+        return {state.value: number for state, number in found.items()}
+
     def post(self, post: Post) -> None:
         """Starts or queues `post`; its `finish` is called later, never before this returns."""
         total = self.config.outgoing_http_timeout_total
@@ -194,8 +277,7 @@ class Sender:
         if host is None:
             host = self._hosts[origin] = _Host(self, post.target)
         host.submit(post)
-        if self._timer is None and not self.closed:
-            self._timer = self.loop.call_later(TICK, self._tick)
+        self._look_again()
 
     def may_connect(self, host: _Host) -> bool:
         """Takes a place among all connections, if need be that of the longest idle one."""
@@ -232,8 +314,94 @@ class Sender:
                 busy = True
             elif not host.idle:
                 del self._hosts[origin]
-        if busy and not self.closed:
+        self._probe(now)
+        if busy or self._pauses:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        if self._timer is None and not self.closed:
             self._timer = self.loop.call_later(TICK, self._tick)
+
+    def failed(self, host: _Host, began: float, outcome: Outcome) -> bool:
+        """Notes that something failed at a host; whether it is left alone from now on."""
+        config = self.config
+        if not config.outgoing_breaker_failures:
+            return False
+        breaker = host.breaker
+        if breaker is None:
+            breaker = host.breaker = self._breakers[host.target.origin] = _Failing(
+                host.target,
+                config.outgoing_breaker_failures,
+                config.outgoing_breaker_pause,
+                config.outgoing_breaker_max_pause,
+            )
+            if len(self._breakers) > MAX_BREAKERS:
+                del self._breakers[next(iter(self._breakers))]
+        now, before = self.loop.time(), breaker.state
+        if not breaker.failed(
+            now,
+            began,
+            connected=outcome is not Outcome.UNREACHABLE,
+            timeout=outcome is Outcome.SILENT,
+        ):
+            return False
+        if before is State.CLOSED:
+            breaker.wanted = now
+            log.warning("%s has failed too often, it is left alone for a while", breaker)
+        self._opened += 1
+        heappush(self._pauses, (breaker.until, self._opened, breaker))
+        self._look_again()
+        self.metrics.breaker(State.OPEN)
+        return True
+
+    def answers(self, host: _Host) -> None:
+        """Notes that a host has sent a reply."""
+        breaker, host.breaker = host.breaker, None
+        if breaker is not None:
+            self._breakers.pop(host.target.origin, None)
+            if breaker.state is not State.CLOSED:
+                self._closed(breaker)
+
+    def _closed(self, breaker: _Failing) -> None:
+        log.info("%s works again", breaker)
+        self.metrics.breaker(State.CLOSED)
+
+    def _probe(self, now: float) -> None:
+        """Tries again, in the background, hosts whose pause is over."""
+        left = PROBES
+        while left and self._pauses and self._pauses[0][0] <= now:
+            breaker = heappop(self._pauses)[2]
+            origin = breaker.target.origin
+            if self._breakers.get(origin) is not breaker or breaker.state is not State.OPEN:
+                continue
+            if now - breaker.wanted > UNWANTED:
+                del self._breakers[origin]
+                if origin in self._hosts:
+                    self._hosts[origin].breaker = None
+                continue
+            if self.connections >= self.config.outgoing_connections and not self.idle:
+                self._opened += 1
+                heappush(self._pauses, (now + TICK, self._opened, breaker))
+                return
+            left -= 1
+            host = self._hosts.get(origin)
+            if host is None:
+                host = self._hosts[origin] = _Host(self, breaker.target)
+            self.probe(host, breaker, now)
+
+    def probe(self, host: _Host, breaker: _Failing, now: float) -> None:
+        """Makes a connection in the background, if there is a place for it."""
+        if self.connections < self.config.outgoing_connections or self.idle:
+            breaker.probe(now)
+            self.metrics.breaker(State.HALF_OPEN)
+            self.may_connect(host)
+            host.connect(breaker)
+
+    def connected(self, breaker: _Failing) -> None:
+        """Notes that a probe has made its connection."""
+        breaker.connected()
+        if breaker.state is State.CLOSED:
+            self._closed(breaker)
 
     async def close(self) -> None:
         """Fails what is under way and closes every connection. It can be opened again."""
@@ -250,10 +418,31 @@ class Sender:
         if self.connections:
             await self._none_left.wait()  # the loop is about to tell each that it is gone
         self._hosts.clear()
+        self._breakers.clear()
+        self._pauses.clear()
+
+
+class _Failing(Breaker):
+    """The breaker of one host."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Target, threshold: int, least: float, most: float) -> None:
+        super().__init__(threshold, least, most)
+        self.target = target
+
+    def __str__(self) -> str:
+        return f"{self.target.scheme}://{self.target.host}:{self.target.port}"
 
 
 class _Host:
-    """The connections to one origin and what waits for them."""
+    """The connections to one origin and what waits for them.
+
+    Attributes:
+        limit: of its connections; floats, so that it can grow slowly.
+        breaker: None: it works, as far as is known.
+        strained: whether its limit is not the full one, or there is a breaker.
+    """
 
     def __init__(self, sender: Sender, target: Target) -> None:
         self.sender = sender
@@ -264,8 +453,32 @@ class _Host:
         self.expires = math.inf
         """No post in `waiting` expires earlier."""
         self.connecting: set[asyncio.Task[None]] = set()
+        self.most = float(sender.config.outgoing_connections_per_host)
+        self.limit = self.most
+        self._cut = -math.inf
+        self.breaker = sender._breakers.get(target.origin)
+        self.strained = self.breaker is not None
 
     def submit(self, post: Post) -> None:
+        if self.breaker is not None and self.breaker.state is not State.CLOSED:
+            self._try(post, self.breaker)
+        else:
+            self._take(post)
+
+    def _try(self, post: Post, breaker: _Failing) -> None:
+        """Turns `post` away, or makes it the one that shows how the host is."""
+        breaker.wanted = now = self.sender.loop.time()
+        trial = post.unattended() if breaker.state is State.HALF_OPEN else None
+        if trial is not post:
+            self.fail_soon(post, SKIPPED, Outcome.SKIPPED)
+        if trial is not None and (trial is post or self.idle) and breaker.trial():
+            self._take(_Trial(trial, breaker))
+        elif trial is post:
+            self.fail_soon(post, SKIPPED, Outcome.SKIPPED)
+        elif trial is not None and not breaker.probing:
+            self.sender.probe(self, breaker, now)  # it has closed the connection meanwhile
+
+    def _take(self, post: Post) -> None:
         if self.sender.closed:
             self.fail_soon(post, STOPPING)
         elif self.idle:
@@ -287,28 +500,68 @@ class _Host:
         self.waiting.append(post)
         self.advance()
 
-    def fail_soon(self, post: Post, reason: str) -> None:
-        self.sender.loop.call_soon(post.finish, Reply(0, b"", reason))
+    def fail_soon(self, post: Post, reason: str, outcome: Outcome = Outcome.NOT_SENT) -> None:
+        self.sender.loop.call_soon(post.finish, Reply(0, b"", reason, "", outcome))
 
     def advance(self) -> None:
         """Opens as many connections as there is waiting work for, slowly at first."""
         while len(self.waiting) > len(self.connecting) and not self.sender.closed:
             established = len(self.busy) + len(self.idle)
-            limit = self.sender.config.outgoing_connections_per_host
             if (
                 len(self.connecting) > 2 * established
-                or established + len(self.connecting) >= limit
+                or established + len(self.connecting) >= int(self.limit)
                 or not self.sender.may_connect(self)
             ):
                 return
-            connection = _Connection(self)
-            # it outlives the message for which it is opened, and is no part of its trace
-            task = self.sender.loop.create_task(self._connect(connection), context=Context())
-            self.connecting.add(task)
-            task.add_done_callback(partial(self._attempted, connection))
+            self.connect()
 
-    async def _connect(self, connection: _Connection) -> None:
+    def connect(self, breaker: _Failing | None = None) -> None:
+        """Opens a connection, whose place was taken; it may be one that `breaker` waits for."""
+        connection = _Connection(self)
+        # it outlives the message for which it is opened, and is no part of its trace
+        connecting = self._connect(connection, breaker)
+        task = self.sender.loop.create_task(connecting, context=Context())
+        self.connecting.add(task)
+        task.add_done_callback(partial(self._attempted, connection))
+
+    # what its replies say about it
+
+    def answered(self, status: int, began: float) -> None:
+        """A reply came to what was sent at `began`."""
+        if self.breaker is not None:
+            self.sender.answers(self)
+        if status in (429, 503):
+            self._halve(began)
+        else:
+            self.limit = min(self.most, self.limit + 1.0 / self.limit)
+        self.strained = self.limit < self.most
+
+    def failed(self, began: float, outcome: Outcome) -> None:
+        """No reply came to what was sent, or no connection was made, at `began`."""
+        if outcome.host is Host.UNKNOWN:
+            return
+        if outcome.host is Host.SILENT:
+            self._halve(began)
+        if self.sender.failed(self, began, outcome):
+            waiting, self.waiting = self.waiting, deque()
+            self.forget_idle()
+            for post in waiting:
+                post.finish(Reply(0, b"", SKIPPED, "", Outcome.SKIPPED))
+        self.strained = self.limit < self.most or self.breaker is not None
+
+    def _halve(self, began: float) -> None:
+        """Once for all that is under way."""
+        if began < self._cut:
+            return
+        self._cut = self.sender.loop.time()
+        established = len(self.busy) + len(self.idle) + 1  # the one that was just taken out
+        self.limit = max(1.0, min(self.limit, established) / 2)
+        while self.idle and len(self.busy) + len(self.idle) > self.limit:
+            self.idle[0].discard()
+
+    async def _connect(self, connection: _Connection, breaker: _Failing | None) -> None:
         failure = ""
+        began = self.sender.loop.time()
         try:
             async with asyncio.timeout(self.sender.config.outgoing_http_timeout_sock_connect):
                 await self._open(connection)
@@ -324,8 +577,10 @@ class _Host:
         if not failure and connection.is_closing:
             failure = "the connection broke at once"
         if failure:
-            self._unreachable(failure)
+            self._unreachable(began, failure)
         else:
+            if breaker is not None and breaker is self.breaker:
+                self.sender.connected(breaker)
             self.free(connection)
         self.advance()
 
@@ -374,14 +629,15 @@ class _Host:
             if connection.transport is None:  # otherwise connection_lost tells, or has told
                 self.sender.connection_gone()
 
-    def _unreachable(self, reason: str) -> None:
+    def _unreachable(self, began: float, reason: str) -> None:
         waiting = self.waiting
         if not self.busy and not self.idle:
             self.waiting = deque()
         else:
             waiting = deque([waiting.popleft()] if waiting else [])
+        self.failed(began, Outcome.UNREACHABLE)
         for post in waiting:
-            post.finish(Reply(0, b"", reason))
+            post.finish(Reply(0, b"", reason, "", Outcome.UNREACHABLE))
 
     def free(self, connection: _Connection) -> None:
         """Gives the connection, which is in neither set, its next work."""
@@ -389,6 +645,8 @@ class _Host:
             connection.discard()
         elif self.sender.starved and not (self.waiting and self.sender.may_keep(connection)):
             connection.discard()  # its place is worth more elsewhere
+        elif self.strained and len(self.busy) + len(self.idle) >= int(self.limit):
+            connection.discard()
         elif self.waiting:
             connection.start(self.waiting.popleft())
         else:
@@ -423,7 +681,7 @@ class _Host:
                 post.finish(Reply(0, b"", reason))
         for connection in list(self.busy):
             connection.expire(now)
-        return bool(self.busy or self.waiting or self.connecting)
+        return bool(self.busy or self.waiting or self.connecting) or now < self._cut + REMEMBERED
 
     def close(self) -> None:
         for task in list(self.connecting):
@@ -448,6 +706,7 @@ class _Connection(asyncio.Protocol):
         self.writable = asyncio.Event()
         self.writable.set()
         self.touched = 0.0
+        self.began = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
@@ -477,7 +736,7 @@ class _Connection(asyncio.Protocol):
             return
         self.host.busy.add(self)
         self.post = post
-        self.touched = self.host.sender.loop.time()
+        self.touched = self.began = self.host.sender.loop.time()
         self.received = 0
         self.status = 0
         self.delimited = False
@@ -540,14 +799,14 @@ class _Connection(asyncio.Protocol):
         self.touched = self.host.sender.loop.time()
         self.received += len(data)
         if self.received > MAX_REPLY:
-            self.discard(f"the reply is larger than {MAX_REPLY:,} bytes")
+            self.discard(f"the reply is larger than {MAX_REPLY:,} bytes", Outcome.BROKEN)
             return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self.discard("the subscriber wants another protocol (status 101)")
+            self.discard("the subscriber wants another protocol (status 101)", Outcome.BROKEN)
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as e:
-            self.discard(f"the reply is not HTTP: {e}")
+            self.discard(f"the reply is not HTTP: {e}", Outcome.BROKEN)
         else:
             if self.complete:
                 self._reply()
@@ -600,15 +859,21 @@ class _Connection(asyncio.Protocol):
         if self.transport.get_write_buffer_size():
             self.reusable = False  # answered before it had the whole message
         self.pump = None
+        host = self.host
+        host.remove(self)
         if self.error:
-            reply = Reply(0, b"", self.error)
+            reply = Reply(0, b"", self.error, "", Outcome.BROKEN)
+            host.failed(self.began, Outcome.BROKEN)
         else:
             reply = Reply(self.status, b"".join(self.parts), "", self.retry_after)
-        self.host.remove(self)
+            if host.strained or self.status != 200:
+                host.answered(self.status, self.began)
         if self.reusable:
-            self.host.free(self)  # may start the next post, which forgets this reply
+            host.free(self)  # may start the next post, which forgets this reply
         else:
             self.discard()  # closing it politely would wait for a peer that has stopped reading
+        if host.strained:
+            host.advance()
         post.finish(reply)
 
     def eof_received(self) -> bool:
@@ -627,10 +892,14 @@ class _Connection(asyncio.Protocol):
             # here are no younger
             post.resent = True
             self.host.forget_idle()
-            self.host.submit(post)
+            if self.host.sender.closed:
+                self.host.fail_soon(post, STOPPING)
+            else:
+                self.host.enqueue(post)
         elif self.error:
-            post.finish(Reply(0, b"", self.error))
+            self._broken(post, self.error)
         elif self.status and not self.delimited and exc is None:
+            self.host.answered(self.status, self.began)
             post.finish(Reply(self.status, b"".join(self.parts), "", self.retry_after))
         else:
             why: object = exc
@@ -638,9 +907,13 @@ class _Connection(asyncio.Protocol):
                 why = tls_failure(exc)
             elif not self.used and self.host.target.scheme == "https":
                 why = _BROKEN_OFF  # in TLS 1.3 our side is done before the other has said yes
-            post.finish(Reply(0, b"", f"the connection broke before the reply was there: {why}"))
+            self._broken(post, f"the connection broke before the reply was there: {why}")
 
-    def discard(self, reason: str = "") -> None:
+    def _broken(self, post: Post, reason: str) -> None:
+        self.host.failed(self.began, Outcome.BROKEN)
+        post.finish(Reply(0, b"", reason, "", Outcome.BROKEN))
+
+    def discard(self, reason: str = "", outcome: Outcome = Outcome.NOT_SENT) -> None:
         """Closes the connection at once and fails what is under way on it."""
         post, self.post = self.post, None
         if self.pump is not None:
@@ -649,7 +922,8 @@ class _Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
         if post is not None:
-            post.finish(Reply(0, b"", reason))
+            self.host.failed(self.began, outcome)
+            post.finish(Reply(0, b"", reason, "", outcome))
 
     def expire(self, now: float) -> None:
         post = self.post
@@ -657,6 +931,6 @@ class _Connection(asyncio.Protocol):
             return
         read = self.host.sender.config.outgoing_http_timeout_sock_read
         if now > post.deadline:
-            self.discard("no reply within outgoing_http_timeout_total")
+            self.discard("no reply within outgoing_http_timeout_total", Outcome.SILENT)
         elif read is not None and now > self.touched + read:
-            self.discard(f"silent for {read:g} s (outgoing_http_timeout_sock_read)")
+            self.discard(f"silent for {read:g} s (outgoing_http_timeout_sock_read)", Outcome.SILENT)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lonelypss.config import BroadcasterConfig
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+Origin: TypeAlias = tuple[str | int, ...]
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PEER_PATHS = ("/v1/receive_for_websockets", "/v1/missed_for_websockets")
@@ -92,7 +93,7 @@ class Target:
     path: str
     head: bytes
     is_peer: bool
-    origin: tuple[str | int, ...]
+    origin: Origin
 
 
 def parse_target(url: str) -> Target:

@@ -6,16 +6,20 @@ import asyncio
 import base64
 import hashlib
 import logging
+import time
 from typing import Any
 
 import pytest
 
 from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE
 from lonelypsp.errors import AuthResult
+from lonelypsp.explain import unpack
 from lonelypsp.signing import AuthConfig, Hmac, Nothing
 from lonelypsp.spool import Body
 from lonelypss.app import Broadcaster
 from lonelypss.config import UnsubscribeImmediate
+from lonelypss.fanout import Explained
+from lonelypss.sender import ONE_WRITE
 from lonelypss.store.base import Kind, StoreUnavailable
 
 from .harness import (
@@ -33,6 +37,7 @@ from .harness import (
     reply,
     rows,
     subscribed,
+    until,
     until_async,
     within,
 )
@@ -205,8 +210,6 @@ async def test_request_that_a_subscriber_gets() -> None:
             "identifier": got.head.identifier,
             "sha512": sha512,
         }
-        import time
-
         check = hmac_auth().to_subscriber.check
         value = got.headers["authorization"]
         assert check("RECEIVE", fields, value, time.time()) is AuthResult.OK
@@ -304,6 +307,116 @@ async def test_unsubscribe_can_be_ignored(status: int) -> None:
             assert await notify(one) == 0
             assert len(await rows(one.store, subscriber.url)) == 1
             assert await missed(one) == 1
+
+
+async def test_quarantine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T30: three times, with pauses, and no confirmation in between."""
+    clock = [1000.0]
+    monkeypatch.setattr("lonelypss.fanout.time.monotonic", lambda: clock[0])
+    stop, confirmed = reply(UNSUBSCRIBE_IMMEDIATE), None
+    script: list[tuple[float, bytes | None, int]] = [
+        *((0.0, stop, 1) for _ in range(10)),  # a moment counts as one
+        (61.0, stop, 1),
+        (0.0, confirmed, 1),
+        (61.0, stop, 1),
+        (30.0, stop, 1),
+        (31.0, stop, 1),
+        (0.0, reply(UNSUBSCRIBE_IMMEDIATE, 403), 1),
+        (61.0, stop, 0),
+    ]
+    async with Subscriber() as subscriber:
+        async with fanning(unsubscribe_immediate=UnsubscribeImmediate.QUARANTINE) as one:
+            await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
+            for seconds, answer, left in script:
+                clock[0] += seconds
+                subscriber.handler = lambda r, a=answer: a or subscriber.confirm(r)
+                assert await notify(one) == (answer is None)
+                assert len(await rows(one.store, subscriber.url)) == left
+            assert not one.fanout.hints._seen
+
+
+async def test_other_broadcasters_are_believed() -> None:
+    """They say it when nobody there wants the topic any more."""
+    async with Subscriber(lambda _: reply(UNSUBSCRIBE_IMMEDIATE, 410)) as peer:
+        async with fanning(unsubscribe_immediate=UnsubscribeImmediate.IGNORE) as one:
+            url = f"{peer.base}/v1/receive_for_websockets"
+            await subscribed(one.store, url, b"t")
+            assert await notify(one) == 0
+            assert not await rows(one.store, url)
+
+
+async def test_wish_of_a_busy_subscriber() -> None:
+    """X27: the notice waits for as long as it asks, within reason."""
+    table = [("50", 50), ("1000000000", 3600), ("-1", 0), ("soon", 0)]
+    async with Subscriber() as subscriber, fanning(missed_constant=0.0, **LATER) as one:
+        for value, seconds in table:
+            subscriber.handler = lambda _, v=value: reply(b"", 503, f"Retry-After: {v}")
+            url = f"{subscriber.url}?{value}"
+            await subscribed(one.store, url, value.encode(), subscriber.recovery)
+            before = time.time()
+            assert await notify(one, value.encode()) == 0
+            due = await one.store.next_due()
+            assert due is not None
+            assert before + max(seconds, 20) <= due <= time.time() + max(seconds, 20)
+            await one.store.unsubscribe(Kind.EXACT, value.encode(), url)
+
+
+LATER = {"missed_expo_factor": 20.0, "missed_expo_base": 1.0, "missed_jitter": 0.0}
+
+
+async def test_dead_host_costs_no_publisher_its_timeout() -> None:
+    """And an explanation says so."""
+    options: dict[str, Any] = {
+        "outgoing_http_timeout_sock_read": 0.3,
+        "outgoing_breaker_failures": 3,
+        "outgoing_breaker_pause": 60.0,
+        "outgoing_breaker_max_pause": 60.0,
+    }
+    async with Subscriber(lambda _: None) as silent, Subscriber() as quick:
+        async with fanning(**options) as one:
+            await subscribed(one.store, silent.url, b"t", silent.recovery)
+            await subscribed(one.store, quick.url, b"t")
+            await asyncio.gather(*(notify(one) for _ in range(3)))
+            assert one.sender.breakers() == {"closed": 1, "open": 1, "half_open": 0}
+            before = len(silent.requests)
+            assert await asyncio.gather(*(notify(one) for _ in range(20))) == [1] * 20
+            assert len(silent.requests) == before
+            assert await missed(one) == 1
+            report = Explained()
+            assert await one.fanout.notify(b"t", Body.of(b""), report) == 1
+            explanation = unpack(report.pack())
+            assert explanation is not None
+            outcomes = {s.url: (s.outcome, s.will_be_told) for s in explanation.subscribers}
+            assert outcomes == {silent.url: ("skipped", True), quick.url: ("delivered", False)}
+
+
+@pytest.mark.parametrize("size", [5, 10_000_000])
+async def test_trial_of_a_silent_host_makes_no_publisher_wait(size: int) -> None:
+    options: dict[str, Any] = {
+        "outgoing_http_timeout_sock_read": 0.3,
+        "outgoing_breaker_failures": 1,
+        "outgoing_breaker_pause": 0.1,
+    }
+    go_on = asyncio.Event()
+
+    async def handle(received: Received) -> bytes:
+        await go_on.wait()
+        return subscriber.confirm(received)
+
+    async with Subscriber(handle) as subscriber, fanning(**options) as one:
+        await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
+        assert await notify(one) == 0
+        await until(lambda: one.sender.breakers()["half_open"] and one.sender.idle)
+        assert await notify(one, message=b"x" * size) == 0
+        if size > ONE_WRITE:
+            assert len(subscriber.requests) == 1, "it would be gone before it was sent"
+            return
+        # the publisher has its answer, the subscriber the message, and nobody has answered yet
+        await subscriber.got(2)
+        assert one.sender.breakers()["half_open"] == 1
+        go_on.set()
+        await until(lambda: one.sender.breakers()["closed"] == 1)
+        assert await notify(one) == 1
 
 
 # The journal

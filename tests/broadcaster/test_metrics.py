@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from lonelypsp.spool import Body
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import GAUGES, Metrics, PrometheusMetrics
 from lonelypss.store import StoreUnavailable
 from programs import broadcaster, eventually, run
 from servers import our_broadcaster
 
-from .harness import Subscriber, free_port, subscribed
+from .harness import Peer, Subscriber, exchange, free_port, subscribed
 from .websocket_peer import websocket_peer
 
 
@@ -53,6 +54,31 @@ async def test_what_happens_is_counted() -> None:
                 while (await asyncio.to_thread(scrape, ours.url))["lonelypss_websockets"] != 1:
                     await asyncio.sleep(0.05)
         assert {f"lonelypss_{name}" for name in GAUGES} <= numbers.keys()
+
+
+async def test_breakers_and_refused_urls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lonelypss.app._SAMPLE_INTERVAL", 0.02)
+    config = BroadcasterConfig(
+        db="sqlite://", metrics=True, outgoing_breaker_failures=1, outgoing_breaker_pause=60.0,
+        outgoing_breaker_max_pause=60.0,
+    )  # fmt: skip
+    async with our_broadcaster(config) as ours, asyncio.timeout(20):
+        dead = f"http://127.0.0.1:{free_port()}/receive"
+        await subscribed(ours.broadcaster.store, dead, b"t")
+        request = Peer().subscribe("http://169.254.169.254/")
+        assert (await exchange(int(ours.url.rpartition(":")[2]), request.bytes())).status == 400
+        for _ in range(3):
+            assert await ours.broadcaster.fanout.notify(b"t", Body.of(b"")) == 0
+        while True:
+            numbers = await asyncio.to_thread(scrape, ours.url)
+            if numbers.get('lonelypss_breakers{state="open"}') == 1:
+                break
+        assert numbers['lonelypss_breakers{state="half_open"}'] == 0
+        assert numbers['lonelypss_breaker_transitions_total{to="open"}'] == 1
+        assert numbers['lonelypss_breaker_transitions_total{to="closed"}'] == 0
+        assert numbers['lonelypss_refused_urls_total{kind="url-policy"}'] == 1
+        assert numbers['lonelypss_refused_urls_total{kind="url-syntax"}'] == 0
+        assert numbers['lonelypss_delivery_seconds_count{outcome="skipped"}'] == 2
 
 
 async def test_without_being_asked_there_is_no_endpoint() -> None:

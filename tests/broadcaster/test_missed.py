@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,8 @@ import pytest
 import postgres
 from lonelypsp.errors import AuthResult
 from lonelypsp.signing import AuthConfig, Hmac, Nothing
+from lonelypss import missed as module
 from lonelypss.app import Broadcaster
-from lonelypss.missed import wish
-from lonelypss.sender import Reply
 from lonelypss.store.base import Kind, StoreUnavailable
 
 from .harness import (
@@ -26,10 +27,12 @@ from .harness import (
     Subscriber,
     config,
     confirm_missed,
+    free_port,
     hmac_auth,
     reply,
     rows,
     subscribed,
+    until,
     until_async,
     within,
 )
@@ -150,29 +153,6 @@ async def test_given_up_and_the_subscription_stays() -> None:
             assert len(await rows(one.store, subscriber.url)) == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "asked", "seconds"),
-    [
-        (503, "7", 7),
-        (429, "7", 7),
-        (500, "7", 0),
-        (200, "7", 0),
-        (503, "", 0),
-        (503, "0", 1),
-        (503, "-1", 0),
-        (503, "1000000000", 3600),
-        (503, "9" * 5000, 3600),
-        (503, "soon", 0),
-        (503, "1.5", 0),
-        (503, "\xb2", 0),
-        (503, "Wed, 21 Oct 2015 07:28:00 GMT", 0),
-    ],
-)
-def test_wish(status: int, asked: str, seconds: float) -> None:
-    """X27"""
-    assert wish(Reply(status, b"", "", asked)) == seconds
-
-
 @pytest.mark.parametrize("value", ["2", "\xb2"])
 async def test_retry_after_is_obeyed(value: str) -> None:
     def handle(received: Received) -> bytes:
@@ -289,6 +269,101 @@ async def test_hanging_recovery_url_delays_no_other() -> None:
         await notify(one, b"u")
         await quick.got(2)
         assert [r.missed for r in notices(quick)] == [b"u"]
+
+
+# Room for everybody
+
+
+async def recorded(one: Broadcaster, url: str, topic: bytes, recovery: str) -> None:
+    await subscribed(one.store, url, topic, recovery)
+    (row,) = await rows(one.store, url)
+    await one.store.record_missed([(row, topic)], time.time())
+    one.missed._wake.set()
+
+
+DEAD = 2000
+
+
+async def test_thousands_of_dead_hosts_do_not_delay_live_ones() -> None:
+    """2,000 hosts that failed and now hang for longer than this test may last."""
+    options = {
+        "missed_retry_budget": 64,
+        "outgoing_breaker_failures": 1_000_000,  # of the budget alone
+        "outgoing_http_timeout_sock_connect": 60.0,
+        # due again and again, before the live ones
+        "missed_constant": 0.05,
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        one = await stack.enter_async_context(announcing(**options))
+        live = [await stack.enter_async_context(Subscriber()) for _ in range(10)]
+        port = free_port()
+        for n in range(DEAD):
+            url = f"http://127.77.{n >> 8}.{n & 255}:{port}/"
+            await subscribed(one.store, url, b"t", url)
+        matches = await one.store.match(b"t")
+        await one.store.record_missed([(row, b"t") for row in matches], time.time())
+        one.missed._wake.set()
+        await until(lambda: len(one.sender._breakers) == DEAD, 60)
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("0.0.0.0", port))
+        listener.listen(0)
+        for _ in range(3):  # no room left: nobody else gets an answer
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                filler.connect(("127.77.0.1", port))
+        await until(lambda: one.missed._at_failing == 64, 30)
+        for n, subscriber in enumerate(live):
+            await recorded(one, subscriber.url, b"live%d" % n, subscriber.recovery)
+        for n, subscriber in enumerate(live):
+            assert (await subscriber.got(1))[0].missed == b"live%d" % n
+        assert (await one.store.counts())["missed"] >= DEAD
+
+
+async def test_slow_host_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_UNDER_WAY", 64)
+    monkeypatch.setattr(module, "MAX_AT_HOST", 16)
+    go_on = asyncio.Event()
+
+    async def slow(received: Received) -> bytes:
+        await go_on.wait()
+        return hanging.confirm(received)
+
+    async with Subscriber(slow) as hanging, Subscriber() as quick, announcing() as one:
+        for n in range(200):
+            await subscribed(one.store, f"{hanging.url}?{n}", b"t", hanging.recovery)
+        matches = await one.store.match(b"t")
+        await one.store.record_missed([(row, b"t") for row in matches], time.time())
+        one.missed._wake.set()
+        await hanging.got(16)
+        await recorded(one, quick.url, b"u", quick.recovery)
+        await quick.got(1)
+        assert len(hanging.requests) == 16
+        go_on.set()
+        await until_async(lambda: none_left(one), 30)
+        assert len(hanging.requests) == 200, "each was sent once, none was given up"
+
+
+async def test_notice_shows_whether_a_silent_host_answers_again() -> None:
+    silent = True
+
+    def handle(received: Received) -> Answer:
+        return None if silent else subscriber.confirm(received)
+
+    options: dict[str, Any] = {
+        "outgoing_http_timeout_sock_read": 0.2,
+        "outgoing_breaker_failures": 2,
+        "outgoing_breaker_pause": 0.1,
+        "outgoing_breaker_max_pause": 0.2,
+        "missed_constant": 0.1,
+    }
+    async with Subscriber(handle) as subscriber, announcing(**options) as one:
+        await recorded(one, subscriber.url, b"t", subscriber.recovery)
+        await until(lambda: one.sender.breakers()["open"] == 1)
+        silent = False
+        await until_async(lambda: none_left(one))
+        await until(lambda: one.sender.breakers()["closed"] == 1)
+        assert not one.sender._breakers
 
 
 # A sweeper that goes on

@@ -18,12 +18,15 @@ import pytest
 
 from lonelypsp.spool import Body, Spool
 from lonelypss.config import ConfigError
+from lonelypss.metrics import Metrics
+from lonelypss.outcomes import Outcome
 from lonelypss.sender import (
     MAX_REPLY,
     Post,
     Reply,
     Resolve,
     Sender,
+    Unattended,
 )
 from lonelypss.urlpolicy import Address, UrlDenied, UrlPreset, parse_target
 
@@ -229,7 +232,7 @@ async def test_bad_replies_fail(name: str) -> None:
 
     async with Subscriber(close) as subscriber, sending() as sender:
         got = await ask(sender, subscriber.url)
-        assert (got.status, got.body) == (0, b"")
+        assert (got.status, got.body, got.outcome) == (0, b"", Outcome.BROKEN)
         assert got.error
         # and the next one is a new start
         subscriber.handler = lambda _: reply(b"body")
@@ -443,7 +446,9 @@ async def test_sock_read_is_silence_not_duration() -> None:
 async def test_sock_read() -> None:
     async with Subscriber(lambda _: None) as subscriber:
         async with sending(outgoing_http_timeout_sock_read=0.2) as sender:
-            assert "outgoing_http_timeout_sock_read" in (await ask(sender, subscriber.url)).error
+            got = await ask(sender, subscriber.url)
+            assert "outgoing_http_timeout_sock_read" in got.error
+            assert got.outcome is Outcome.SILENT
             assert len(subscriber.requests) == 1  # not sent again
 
 
@@ -517,7 +522,9 @@ async def test_queue_overflow_fails_at_once() -> None:
             late = Probe(subscriber.url)
             sender.post(late)
             assert not late.replies
-            assert "outgoing_queue_per_host" in (await late.reply()).error
+            got = await late.reply()
+            assert "outgoing_queue_per_host" in got.error
+            assert got.outcome is Outcome.NOT_SENT
             assert not any(p.replies for p in probes)
         for probe in probes:
             assert "stopping" in (await probe.reply()).error
@@ -532,6 +539,7 @@ async def test_dead_host_fails_its_queue_at_once() -> None:
         assert sender.connections == 1
         for probe in probes:
             assert "cannot connect" in (await probe.reply()).error
+            assert (await probe.reply()).outcome is Outcome.UNREACHABLE
 
 
 async def test_host_that_closes_at_once_does_not_make_a_busy_loop() -> None:
@@ -634,6 +642,240 @@ async def test_longest_idle_connection_makes_room() -> None:
             await ask(sender, url)
         await until(lambda: subscribers[1].open == 0)
         assert [s.open for s in subscribers] == [1, 0, 1]
+
+
+# Hosts that fail, or have too much to do
+
+QUICK_BREAKER: dict[str, Any] = {
+    "outgoing_breaker_failures": 3,
+    "outgoing_breaker_pause": 0.1,
+    "outgoing_breaker_max_pause": 0.4,
+}
+
+
+class Counting(Metrics):
+    def __init__(self) -> None:
+        self.states: list[str] = []
+
+    def breaker(self, state: str) -> None:
+        self.states.append(str(state))
+
+
+class Attended(Probe):
+    """Somebody waits for it."""
+
+    def unattended(self) -> Post | None:
+        return Unattended(self)
+
+
+async def test_host_that_cannot_be_reached_is_left_alone_until_it_can() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/"
+    async with sending(**QUICK_BREAKER) as sender:
+        counting = sender.metrics = Counting()
+        got = [(await ask(sender, url)).outcome for _ in range(4)]
+        assert got == [Outcome.UNREACHABLE] * 3 + [Outcome.SKIPPED]
+        assert counting.states[0] == "open"
+        # tried in the background, in vain
+        await until(lambda: counting.states.count("half_open") >= 3)
+        assert sender.breakers()["closed"] == 0
+        server = await asyncio.start_server(answer_body, "127.0.0.1", port)
+        try:
+            await until(lambda: counting.states[-1] == "closed")
+            assert await ask(sender, url) == Reply(200, b"body"), "with the very first post"
+            assert not sender._breakers
+            assert sender.breakers() == {"closed": 1, "open": 0, "half_open": 0}
+        finally:
+            server.close()
+            await sender.close()
+            await server.wait_closed()
+            sender.open()
+
+
+async def answer_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(reply(b"body"))
+    writer.close()
+
+
+async def test_host_that_is_silent_has_to_answer_one_that_nobody_waits_for() -> None:
+    silent = True
+    async with Subscriber(lambda _: None if silent else reply(b"body")) as subscriber:
+        async with sending(outgoing_http_timeout_sock_read=0.2, **QUICK_BREAKER) as sender:
+            counting = sender.metrics = Counting()
+            probes = [Attended(subscriber.url) for _ in range(5)]
+            for probe in probes:
+                sender.post(probe)
+            for probe in probes:
+                assert (await probe.reply()).outcome in (Outcome.SILENT, Outcome.SKIPPED)
+            assert counting.states == ["open"]
+            await until(lambda: sender.breakers()["half_open"] and sender.idle)
+            seen = len(subscriber.requests)
+            probes = [Attended(subscriber.url) for _ in range(5)]
+            for probe in probes:
+                sender.post(probe)
+            for probe in probes:
+                assert (await probe.reply()).outcome is Outcome.SKIPPED
+            await until(lambda: counting.states.count("open") == 2)  # silent as before
+            assert len(subscriber.requests) == seen + 1, "one of them was sent"
+            silent = False
+            await until(lambda: sender.breakers()["half_open"] and sender.idle)
+            assert (await ask(sender, subscriber.url)).body == b"body", "nobody waits for this"
+            assert counting.states[-1] == "closed"
+
+
+async def test_half_open_host_that_closes_its_connection_is_tried_again() -> None:
+    silent = True
+    async with Subscriber(lambda _: None if silent else reply(b"body")) as subscriber:
+        async with sending(outgoing_http_timeout_sock_read=0.2, **QUICK_BREAKER) as sender:
+            while sender.breakers()["open"] == 0:
+                await ask(sender, subscriber.url)
+            silent = False
+            await until(lambda: sender.breakers()["half_open"] and sender.idle)
+            subscriber.drop_all()
+            await until(lambda: not sender.idle)
+            attended = Attended(subscriber.url)
+            sender.post(attended)
+            assert (await attended.reply()).outcome is Outcome.SKIPPED
+            await until(lambda: sender.idle)
+            assert (await ask(sender, subscriber.url)).body == b"body"
+
+
+async def test_errors_are_answers() -> None:
+    async with Subscriber(lambda _: reply(b"", 500)) as subscriber:
+        async with sending(**QUICK_BREAKER) as sender:
+            for _ in range(20):
+                assert (await ask(sender, subscriber.url)).status == 500
+            assert sender.breakers()["closed"] == 1
+            assert len(subscriber.requests) == 20
+
+
+async def test_restart_of_a_host_is_one_failure() -> None:
+    """All that is under way breaks at once; what comes next is tried."""
+    async with Subscriber(lambda _: None) as subscriber, sending(**QUICK_BREAKER) as sender:
+        probes = [Probe(subscriber.url) for _ in range(20)]
+        for probe in probes:
+            sender.post(probe)
+        await subscriber.got(20)
+        subscriber.drop_all()
+        for probe in probes:
+            assert (await probe.reply()).outcome is Outcome.BROKEN
+        subscriber.handler = lambda _: reply(b"body")
+        assert (await ask(sender, subscriber.url)).body == b"body"
+        assert not sender._breakers
+
+
+async def test_opening_fails_what_waits() -> None:
+    async with Subscriber(lambda _: None) as subscriber:
+        async with sending(
+            outgoing_http_timeout_sock_read=0.2, outgoing_connections_per_host=4, **QUICK_BREAKER
+        ) as sender:
+            probes = [Probe(subscriber.url) for _ in range(50)]
+            for probe in probes:
+                sender.post(probe)
+            got = [(await probe.reply()).outcome for probe in probes]
+            assert got.count(Outcome.SKIPPED) >= 46
+            assert len(subscriber.requests) <= 4
+
+
+async def test_without_a_breaker() -> None:
+    url = f"http://127.0.0.1:{free_port()}/"
+    async with sending(outgoing_breaker_failures=0) as sender:
+        for _ in range(30):
+            assert (await ask(sender, url)).outcome is Outcome.UNREACHABLE
+
+
+async def test_host_that_nobody_wants_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lonelypss.sender.UNWANTED", 0.3)
+    url = f"http://127.0.0.1:{free_port()}/"
+    async with sending(**QUICK_BREAKER) as sender:
+        counting = sender.metrics = Counting()
+        while not sender.breakers()["open"]:
+            await ask(sender, url)
+        await until(lambda: not sender._breakers)
+        assert counting.states.count("half_open") < 10
+        await until(lambda: sender._timer is None)
+        assert (await ask(sender, url)).outcome is Outcome.UNREACHABLE
+
+
+async def test_breakers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lonelypss.sender.MAX_BREAKERS", 3)
+    port = free_port()
+    async with sending(**QUICK_BREAKER) as sender:
+        for n in range(10):
+            await ask(sender, f"http://127.0.1.{n}:{port}/")
+        assert len(sender._breakers) == 3
+
+
+class Crowd:
+    """Counts how many requests a subscriber has in its hands at one time."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.now = self.most = 0
+        self.gate = asyncio.Event()
+
+    async def __call__(self, _: Received) -> bytes:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await self.gate.wait()
+        self.now -= 1
+        return self.answer
+
+    async def round(self, sender: Sender, url: str, number: int) -> int:
+        """Sends so many at once; how many were in its hands at one time, at most."""
+        self.most = 0
+        self.gate.clear()
+        probes = [Probe(url) for _ in range(number)]
+        for probe in probes:
+            sender.post(probe)
+        host = sender._hosts[probes[0].target.origin]
+        await until(lambda: self.now == min(number, int(host.limit)))
+        self.gate.set()
+        for probe in probes:
+            await probe.reply()
+        return self.most
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_busy_host_gets_fewer_connections_and_slowly_more(status: int) -> None:
+    crowd = Crowd(reply(b"", status))
+    async with Subscriber(crowd) as subscriber:
+        async with sending(outgoing_connections_per_host=16) as sender:
+            assert await crowd.round(sender, subscriber.url, 16) == 16
+            assert await crowd.round(sender, subscriber.url, 8) == 8
+            assert await crowd.round(sender, subscriber.url, 4) == 4
+            assert await crowd.round(sender, subscriber.url, 2) == 2
+            await until(lambda: subscriber.open <= 2)
+            crowd.answer = reply(b"")
+            got = [await crowd.round(sender, subscriber.url, 64) for _ in range(12)]
+            assert got[0] < 16
+            assert got == sorted(got)
+            assert got[-1] == 16
+
+
+async def test_silence_is_a_sign_of_too_much() -> None:
+    crowd = Crowd(reply(b""))
+    async with Subscriber(crowd) as subscriber:
+        async with sending(
+            outgoing_connections_per_host=8,
+            outgoing_breaker_failures=0,
+            outgoing_http_timeout_sock_read=0.3,
+        ) as sender:
+            probes = [Probe(subscriber.url) for _ in range(8)]
+            for probe in probes:
+                sender.post(probe)
+            for probe in probes:
+                assert (await probe.reply()).outcome is Outcome.SILENT
+            assert sender._hosts[probes[0].target.origin].limit == 4
+
+
+async def test_limit_of_connections_is_at_least_one() -> None:
+    async with Subscriber(lambda _: reply(b"", 503)) as subscriber, sending() as sender:
+        for _ in range(10):
+            assert (await ask(sender, subscriber.url)).status == 503
 
 
 # Where connections go

@@ -537,6 +537,20 @@ async def test_a_retry_waits_and_counts(store: Store) -> None:
         assert await store.next_due() == attempts * 10 + 11.0
 
 
+async def test_what_is_postponed_was_never_tried(store: Store) -> None:
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"%d" % n) for n in range(3)], due=1.0)
+    claimed = await store.claim_missed(1.0, 9, 60.0)
+    await store.postpone_missed([(notice, 5.0 + n) for n, notice in enumerate(claimed)])
+    await store.postpone_missed([])
+    assert await store.next_due() == 5.0
+    again = await store.claim_missed(6.0, 9, 60.0)
+    assert again == claimed[:2]
+    await store.finish_missed(claimed[2], now=6.0)
+    await store.postpone_missed([(claimed[2], 8.0)])
+    assert (await store.counts())["missed"] == 2
+
+
 async def test_a_lost_lease_ends(store: Store) -> None:
     subscription = await subscribed(store)
     await store.record_missed([(subscription, b"t")], due=1.0)
@@ -1071,6 +1085,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.run(self.store.retry_missed(notice, self.now + delay))
         if m := self.row_of(notice):
             m.attempts = m.attempts + 1 if m.generation == notice.generation else 0
+            m.due, m.lease = self.now + delay, 0.0
+
+    @rule(notice=notices, delay=st.integers(1, 30))
+    def postpone(self, notice: MissedNotice, delay: int) -> None:
+        self.run(self.store.postpone_missed([(notice, self.now + delay)]))
+        if m := self.row_of(notice):
             m.due, m.lease = self.now + delay, 0.0
 
     @rule(url=URLS, lease=st.integers(1, 60))

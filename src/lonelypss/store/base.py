@@ -205,7 +205,8 @@ class Store(Protocol):
     async def claim_missed(self, now: float, limit: int, lease: float) -> list[MissedNotice]:
         """Take up to `limit` notices that are due; nobody else gets them for `lease` seconds.
 
-        What has waited longest comes first. Follow up with `finish_missed` or `retry_missed`.
+        What has waited longest comes first. Follow up with `finish_missed`, `retry_missed` or
+        `postpone_missed`.
         """
 
     async def finish_missed(self, notice: MissedNotice, now: float) -> None:
@@ -219,6 +220,9 @@ class Store(Protocol):
 
         If there was another failure since it was claimed, counting starts again.
         """
+
+    async def postpone_missed(self, notices: Sequence[tuple[MissedNotice, float]]) -> None:
+        """Release notices until these times as if they had not been claimed."""
 
     async def next_due(self) -> float | None:
         """When the first notice can be claimed, if there is any."""

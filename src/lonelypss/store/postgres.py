@@ -425,6 +425,10 @@ class PostgresStore:
         row = (notice.id, notice.generation, due)
         await self._write(lambda db: db.execute(_SQL["retry_missed"], *row))
 
+    async def postpone_missed(self, notices: Sequence[tuple[MissedNotice, float]]) -> None:
+        rows = [notice.id for notice, _ in notices], [due for _, due in notices]
+        await self._write(lambda db: db.execute(_SQL["postpone_missed"], *rows))
+
     async def next_due(self) -> float | None:
         rows = await self._read("next_due")
         return rows[0][0] if rows else None

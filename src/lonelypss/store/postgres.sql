@@ -373,6 +373,10 @@ UPDATE lonelyps_missed SET attempts = CASE generation WHEN $2 THEN attempts + 1 
     due = $3, lease_until = 0
 WHERE id = $1;
 
+-- name: postpone_missed
+UPDATE lonelyps_missed AS m SET due = n.due, lease_until = 0
+FROM unnest($1::bigint[], $2::float8[]) AS n (id, due) WHERE m.id = n.id;
+
 -- name: next_due
 SELECT greatest(due, lease_until) FROM lonelyps_missed ORDER BY greatest(due, lease_until) LIMIT 1;
 

@@ -278,6 +278,9 @@ class SqliteStore:
     async def retry_missed(self, notice: MissedNotice, due: float) -> None:
         await self._write_many("retry_missed", [(notice.generation, due, notice.id)])
 
+    async def postpone_missed(self, notices: Sequence[tuple[MissedNotice, float]]) -> None:
+        await self._write_many("postpone_missed", [(due, notice.id) for notice, due in notices])
+
     async def next_due(self) -> float | None:
         row = await self._read(lambda db: db.execute(_SQL["next_due"]).fetchone())
         return float(row[0]) if row else None

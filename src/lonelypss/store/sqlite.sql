@@ -192,6 +192,9 @@ UPDATE missed SET attempts = CASE generation WHEN ? THEN attempts + 1 ELSE 0 END
     due = ?, lease_until = 0
 WHERE id = ?;
 
+-- name: postpone_missed
+UPDATE missed SET due = ?, lease_until = 0 WHERE id = ?;
+
 -- name: next_due
 SELECT max(due, lease_until) FROM missed ORDER BY max(due, lease_until) LIMIT 1;
 
