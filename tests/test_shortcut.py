@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -404,3 +406,20 @@ async def test_headers_of_the_server_are_sent(echo: Echo) -> None:
     wire.send(request())
     await wire.answers(1)
     assert b"\r\ndate: today\r\n" in wire.transport.writes[0]
+
+
+@pytest.mark.parametrize("path", ["echo", "immediate"])
+async def test_requests_leave_no_garbage(path: str, echo: Echo, immediate: Immediate) -> None:
+    """What is in a circle waits for the garbage collector, with its body, and costs time then."""
+    wire = Wire(echo=echo, immediate=immediate)
+    gc.disable()
+    try:
+        wire.send(request(f"/{path}"))
+        await wire.answers(1)
+        first = weakref.ref(wire.protocol.cycle)
+        wire.send(request(f"/{path}"))
+        await wire.answers(2)
+        await asyncio.sleep(0)
+        assert first() is None
+    finally:
+        gc.enable()

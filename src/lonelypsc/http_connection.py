@@ -168,7 +168,7 @@ class Pool:
 
     def gone(self) -> None:
         """Told of every connection that is no more."""
-        if self.closed and not any(origin.number for origin in self._origins.values()):
+        if self.closed and not any(origin.places for origin in self._origins.values()):
             self._none_left.set()
 
     async def close(self) -> None:
@@ -178,7 +178,7 @@ class Pool:
             self._alarm.cancel()
         for origin in self._origins.values():
             origin.close()
-        if any(origin.number for origin in self._origins.values()):
+        if any(origin.places for origin in self._origins.values()):
             await self._none_left.wait()  # the loop is about to tell each that it is gone
 
 
@@ -186,7 +186,8 @@ class _Origin:
     """The connections to one broadcaster, and who waits for one.
 
     Attributes:
-        number: of connections, those that are being opened included.
+        places: all connections, those that are being opened included.
+        connections: those that are open.
     """
 
     def __init__(self, pool: Pool, name: str, port: int, tls: SSLContext | None) -> None:
@@ -194,7 +195,7 @@ class _Origin:
         self.name = name
         self.port = port
         self.tls = tls
-        self.number = 0
+        self.places: set[_Connection] = set()
         self.connections: set[_Connection] = set()
         self.idle: list[_Connection] = []
         self._waiting: deque[asyncio.Future[_Connection]] = deque()
@@ -255,11 +256,11 @@ class _Origin:
         """Opens a connection for each who waits, up to the limit."""
         while (
             len(self._waiting) > len(self._opening)
-            and self.number < MAX_CONNECTIONS
+            and len(self.places) < MAX_CONNECTIONS
             and not self.pool.closed
         ):
-            self.number += 1
             connection = _Connection(self)
+            self.places.add(connection)
             task = self.pool.loop.create_task(self._open(connection))
             self._opening.add(task)
             task.add_done_callback(partial(self._opened, connection))
@@ -283,15 +284,17 @@ class _Origin:
 
     def _opened(self, connection: _Connection, task: asyncio.Task[None]) -> None:
         self._opening.discard(task)
-        failure = None if task.cancelled() else task.exception()
-        if failure is None and not task.cancelled() and connection.is_closing:
-            failure = NotSent("the connection was closed at once")
-        if failure is not None:
-            self._unreachable(failure)
-        elif not task.cancelled():
+        failure: BaseException | None = NotSent(_LEFT)
+        if not task.cancelled():
+            failure = task.exception()
+            if failure is None and connection.is_closing:
+                failure = NotSent("the connection was closed at once")
+        if failure is None:
             self.free(connection)
-        if connection.transport is None:  # otherwise connection_lost tells
-            self.gone(connection)
+        else:
+            self._unreachable(failure)
+            connection.discard()
+            self.gone(connection)  # of what was not opened, uvloop tells nothing
 
     def _unreachable(self, failure: BaseException) -> None:
         """One attempt speaks for all who wait, unless another connection works."""
@@ -303,11 +306,11 @@ class _Origin:
                     return
 
     def gone(self, connection: _Connection) -> None:
-        """Told once of every connection that is no more."""
+        """Told of every connection that is no more, maybe twice."""
+        self.places.discard(connection)
         self.connections.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
-        self.number -= 1
         self.pool.gone()
         self._advance()
 
@@ -466,7 +469,10 @@ class _Connection(asyncio.Protocol):
     # called by the event loop
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        self.origin.connections.add(self)
+        if self in self.origin.places:
+            self.origin.connections.add(self)
+        else:  # it was given up while it was opened
+            self.discard()
 
     def pause_writing(self) -> None:
         self._writable.clear()

@@ -118,13 +118,16 @@ class _Cycle:
         self.response_complete = False
         self.disconnected = False
         self.keep_alive = protocol.parser.should_keep_alive()
-        self.message_event = self
         self._protocol = protocol
         self._app = app
         self._scope = scope
         self._begun = False
         self._start: Any = None
         self._gone: Any = None
+
+    @property
+    def message_event(self) -> _Cycle:
+        return self
 
     def set(self) -> None:
         if self._begun:

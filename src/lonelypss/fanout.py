@@ -241,7 +241,8 @@ class Fanout:
                 await round_.journal()
             round_.start()
             await round_.finished()
-            await round_.settle()
+            if round_.failed or round_.unsubscribed or round_.journaled:
+                await round_.settle()
         finally:
             self.missed.release(round_.journaled)
         return round_.count

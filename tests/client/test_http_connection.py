@@ -40,7 +40,7 @@ async def pool(**settings: Any) -> AsyncIterator[Pool]:
 
 
 def numbers(made: Pool) -> int:
-    return sum(origin.number for origin in made._origins.values())
+    return sum(len(origin.places) for origin in made._origins.values())
 
 
 def connections(made: Pool) -> list[Any]:
@@ -702,10 +702,11 @@ async def test_cancelled_after_the_reply_came_the_connection_stays() -> None:
 
 
 async def test_a_body_that_is_being_read_is_closed_when_cancelled() -> None:
-    closed = asyncio.Event()
+    begun, closed = asyncio.Event(), asyncio.Event()
 
     async def waits() -> Any:
         try:
+            begun.set()
             yield b"x"
             await asyncio.Event().wait()
         finally:
@@ -713,9 +714,9 @@ async def test_a_body_that_is_being_read_is_closed_when_cancelled() -> None:
 
     async with Server(lambda _: None) as server, pool() as made:
         asking = asyncio.create_task(ask(made, server.url, waits(), 10))
-        await until(lambda: server.connections)
-        asking.cancel()
         async with within():
+            await begun.wait()
+            asking.cancel()
             await closed.wait()
 
 
@@ -884,8 +885,8 @@ class Transport(asyncio.Transport):
 def unconnected(made: Pool) -> tuple[Any, Transport]:
     """A connection without a socket."""
     origin = made.target("http://127.0.0.1/").origin
-    origin.number += 1
     connection = module._Connection(origin)
+    origin.places.add(connection)
     transport = Transport()
     connection.connection_made(transport)
     return connection, transport
