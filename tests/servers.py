@@ -34,8 +34,8 @@ class Running:
 
 
 @asynccontextmanager
-async def serve(app: Any) -> AsyncIterator[str]:
-    """`app` under uvicorn on a free port of the loopback; yields its url."""
+async def serve(app: Any, **options: Any) -> AsyncIterator[str]:
+    """`app` under uvicorn, with `options`, on a free port of the loopback; yields its url."""
     (listener,) = bind("127.0.0.1", 0)  # unlike create_server, sends what is small at once
     server = uvicorn.Server(
         uvicorn.Config(
@@ -43,7 +43,7 @@ async def serve(app: Any) -> AsyncIterator[str]:
             lifespan="on",
             log_level="warning",
             timeout_graceful_shutdown=5,
-            ws="websockets-sansio",
+            **{"ws": "websockets-sansio", **options},
         )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))

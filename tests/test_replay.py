@@ -327,6 +327,62 @@ def test_a_damaged_table_is_unknown(
     assert guard.mark(code(0), START, START + T, START) is UNKNOWN
 
 
+# several in one go
+
+
+def marked(guard: SqliteReplayGuard, *numbers: int) -> list[Verdict]:
+    return [guard.mark(code(n), START, START + T, START) for n in numbers]
+
+
+def test_several_in_one_go(sqlite_guard: Callable[..., SqliteReplayGuard]) -> None:
+    guard, other = sqlite_guard(), sqlite_guard()
+    guard.begin()
+    assert marked(guard, 0, 1, 2, 1) == [NEW, NEW, NEW, USED]
+    assert guard.settle() is NEW
+    assert marked(guard, 0, 1, 2) == marked(other, 0, 1, 2) == [USED] * 3
+    guard.begin()
+    assert guard.settle() is NEW, "nothing was marked"
+    assert marked(guard, 3) == [NEW]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "meanwhile"])
+def test_one_that_was_used_spoils_all(
+    sqlite_guard: Callable[..., SqliteReplayGuard], before: bool
+) -> None:
+    guard, other = sqlite_guard(), sqlite_guard()
+    if before:
+        assert marked(guard, 1) == [NEW]
+    guard.begin()
+    assert marked(guard, 0, 1, 2) == [NEW] * 3
+    if not before:
+        assert marked(other, 1) == [NEW]
+    assert guard.settle() is USED
+    assert marked(other, 0, 1, 2) == [NEW, USED, NEW]
+
+
+def test_the_bound_in_one_go(sqlite_guard: Callable[..., SqliteReplayGuard]) -> None:
+    guard = sqlite_guard(max_codes=4)
+    assert marked(guard, 0) == [NEW]
+    guard.begin()
+    assert marked(guard, 1, 2, 3, 4) == [NEW, NEW, NEW, UNKNOWN]
+    assert guard.settle() is NEW
+    assert marked(guard, 5) == [UNKNOWN]
+
+
+def test_a_locked_file_in_one_go(
+    sqlite_guard: Callable[..., SqliteReplayGuard], tmp_path: Path
+) -> None:
+    guard = sqlite_guard(busy_timeout=0.01)
+    assert marked(guard, 0) == [NEW]
+    with contextlib.closing(sqlite3.connect(tmp_path / "replay.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        guard.begin()
+        assert marked(guard, 1, 2) == [NEW, NEW]
+        assert guard.settle() is UNKNOWN
+        other.execute("ROLLBACK")
+    assert marked(guard, 0, 1, 2) == [USED, NEW, NEW]
+
+
 # a memory that others share
 
 

@@ -15,6 +15,7 @@ import sqlite3
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ _OPEN_TIMEOUT = 10.0  # seconds: the workers of a machine start, and create the 
 _SWEEP_INTERVAL = 0.2  # seconds
 _SWEEP_ROWS = 2000  # with the interval: more than a core can verify
 _COUNT_INTERVAL = 5.0  # seconds, for which the bound is one per process
+_REMEMBER = "INSERT OR IGNORE INTO used VALUES (?, ?)"
 _KEPT_BYTES = 16  # of the 64: two of 10^6 codes share a prefix with probability 10^-27
 
 
@@ -89,6 +91,36 @@ class _NotShared:
 
 
 NOT_SHARED = _NotShared()
+
+
+class Together(Protocol):
+    """Remembers what several checks accept in one go, since to write once takes little more time
+    than to write one. Nothing may be done about what was accepted before `settle` says so."""
+
+    def begin(self) -> None:
+        """From now on, whatever `mark` calls new is only kept for `settle`."""
+        ...
+
+    def settle(self) -> Verdict:
+        """What holds for all of it: NEW; USED, one at least; UNKNOWN. Unless it is NEW, none of it
+        is remembered."""
+        ...
+
+
+class _NotTogether:
+    """Each is remembered when it is checked."""
+
+    def begin(self) -> None:
+        pass
+
+    def settle(self) -> Verdict:
+        return Verdict.NEW
+
+    def __reduce__(self) -> str:
+        return "NOT_TOGETHER"
+
+
+NOT_TOGETHER = _NotTogether()
 
 
 class ReplayGuard:
@@ -161,9 +193,9 @@ class SharedReplayGuard(ReplayGuard):
 class SqliteReplayGuard:
     """In a file of its own, shared by the worker processes of one machine, surviving a restart.
 
-    A code is committed before `mark` returns. The file is not synced to disk on each: what a
-    killed process committed is there, what a power failure takes was stamped before the machine
-    came up again and is too old by then, or was never answered.
+    A code is committed before `mark` returns, or `settle`: it is `Together`, too. The file is not
+    synced to disk on each: what a killed process committed is there, what a power failure takes was
+    stamped before the machine came up again and is too old by then, or was never answered.
 
     Args:
         path: the file, created when missing.
@@ -194,22 +226,54 @@ class SqliteReplayGuard:
             " WITHOUT ROWID"
         )
         self._count = 0
+        self._together: dict[tuple[float, bytes], None] | None = None
         self._db.execute(f"PRAGMA busy_timeout={int(busy_timeout * 1000)}")
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
         try:
             self._lifetime = max(self._lifetime, expires - timestamp)
             self._sweep(now)
+            row = timestamp, code[:_KEPT_BYTES]
+            if (together := self._together) is not None:
+                return self._keep(row, together)
             if self._count >= self._max:
                 return Verdict.UNKNOWN
-            added = self._db.execute(
-                "INSERT OR IGNORE INTO used VALUES (?, ?)", (timestamp, code[:_KEPT_BYTES])
-            )
+            added = self._db.execute(_REMEMBER, row)
         except sqlite3.OperationalError as e:
             log.warning("cannot remember a signature, so it is not accepted: %s", e)
             return Verdict.UNKNOWN
         self._count += added.rowcount
         return Verdict.NEW if added.rowcount else Verdict.USED
+
+    def _keep(self, row: tuple[float, bytes], together: dict[tuple[float, bytes], None]) -> Verdict:
+        if row in together:
+            return Verdict.USED
+        if self._count + len(together) >= self._max:
+            return Verdict.UNKNOWN
+        together[row] = None
+        return Verdict.NEW
+
+    def begin(self) -> None:
+        self._together = {}
+
+    def settle(self) -> Verdict:
+        rows, self._together = self._together, None
+        if not rows:
+            return Verdict.NEW
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            added = db.executemany(_REMEMBER, rows).rowcount
+            db.execute("COMMIT" if added == len(rows) else "ROLLBACK")
+        except sqlite3.OperationalError as e:
+            log.warning("cannot remember %d signatures, so none is accepted: %s", len(rows), e)
+            with suppress(sqlite3.OperationalError):  # there may be nothing to take back
+                db.execute("ROLLBACK")
+            return Verdict.UNKNOWN
+        if added < len(rows):
+            return Verdict.USED
+        self._count += added
+        return Verdict.NEW
 
     def _sweep(self, now: float) -> None:
         """Forgets a bounded part of what has expired; this may run on an event loop."""

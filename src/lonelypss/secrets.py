@@ -51,7 +51,8 @@ def load_auth(
         return replace(_follow(secrets, guards, allow_readable), shared=shared)
     beside = None if database.path is None else f"{database.path}.replay"
     guard = _guard(replay or beside)
-    return _follow(secrets, (guard, guard), allow_readable)
+    found = _follow(secrets, (guard, guard), allow_readable)
+    return replace(found, together=guard) if isinstance(guard, SqliteReplayGuard) else found
 
 
 def _follow(

@@ -16,7 +16,13 @@ import pytest
 import postgres
 from lonelypsp import secretsfile
 from lonelypsp.messages import decode_from_subscriber
-from lonelypsp.replay import NOT_SHARED, ReplayGuard, SharedReplayGuard
+from lonelypsp.replay import (
+    NOT_SHARED,
+    NOT_TOGETHER,
+    ReplayGuard,
+    SharedReplayGuard,
+    SqliteReplayGuard,
+)
 from lonelypsp.session import Limits, SubscriberSession
 from lonelypsp.signing import AuthConfig
 from lonelypss.app import App, Broadcaster
@@ -260,6 +266,7 @@ def test_auth_for_one_database_is_not_used_with_another(secrets: Path) -> None:
 def test_where_signatures_are_remembered(secrets: Path, tmp_path: Path) -> None:
     db = f"sqlite:///{tmp_path}/one.db"
     assert load_auth(secrets, db=db).shared is NOT_SHARED
+    assert isinstance(load_auth(secrets, db=db).together, SqliteReplayGuard)
     assert (tmp_path / "one.db.replay").exists()
     load_auth(secrets, tmp_path / "mine", db="postgresql://h/d")
     assert (tmp_path / "mine").exists()
@@ -268,6 +275,8 @@ def test_where_signatures_are_remembered(secrets: Path, tmp_path: Path) -> None:
     load_auth(secrets)
     load_auth(secrets, db="sqlite://")
     assert set(tmp_path.iterdir()) == before
+    for db in ("sqlite://", "postgresql://h/d"):
+        assert load_auth(secrets, db=db).together is NOT_TOGETHER
 
 
 # Keys with rights

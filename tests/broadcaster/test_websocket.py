@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,9 +21,11 @@ from websockets.exceptions import InvalidStatus
 from lonelypsp import messages as m
 from lonelypsp import session as s
 from lonelypsp.errors import AuthResult
+from lonelypsp.replay import SqliteReplayGuard
 from lonelypsp.signing import AuthConfig, Hmac, Nothing, Token
 from lonelypss.app import App, Broadcaster
 from lonelypss.config import BroadcasterConfig
+from lonelypss.server import _WebSocket, http_protocol
 from lonelypss.store.base import StoreUnavailable
 from servers import Running, serve
 
@@ -37,6 +40,16 @@ EVERY_AUTH = pytest.mark.parametrize("auth", AUTHS.values(), ids=AUTHS)
 DEFAULT = BroadcasterConfig(db="sqlite://")
 SMALL_FRAMES = s.Limits(frame_length=5000)
 DEADLINE = 10.0
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "events": {},
+    "bursts": {"http": http_protocol(DEFAULT, {}), "ws": _WebSocket},
+}
+
+
+@pytest.fixture(params=PROTOCOLS, autouse=True)
+def protocols(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How frames come and go: under any ASGI server, or under `lonelypss serve`."""
+    monkeypatch.setitem(PROTOCOLS, "present", PROTOCOLS[request.param])
 
 
 @asynccontextmanager
@@ -45,7 +58,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     config = BroadcasterConfig(db=db, **options)
     broadcaster = Broadcaster(replace(config, auth=auth) if auth else config)
-    async with serve(App(broadcaster)) as url:
+    async with serve(App(broadcaster), **PROTOCOLS["present"]) as url:
         yield Running(broadcaster, url)
 
 
@@ -84,6 +97,63 @@ async def test_one_copy_whatever_the_overlap(auth: Any) -> None:
                     (b"foo/bar", b"1"),
                     (b"foo/bar", b"2"),
                 ]
+
+
+def send_at_once(peer: Peer, *frames: bytes) -> None:
+    """In one write."""
+    for frame in frames:
+        peer.socket.protocol.send_binary(frame)
+    peer.socket.send_data()
+
+
+async def test_a_used_message_spoils_those_that_came_with_it(tmp_path: Path) -> None:
+    guard = SqliteReplayGuard(str(tmp_path / "replay"))
+    theirs = AUTHS["hmac"]()
+    ours = replace(theirs, to_broadcaster=Hmac(b"u" * 64, replay=guard), together=guard)
+    async with (
+        running(ours) as server,
+        websocket_peer(server.url, theirs) as subscriber,
+        websocket_peer(server.url, theirs) as publisher,
+    ):
+
+        def signed(peer: Peer, data: bytes) -> bytes:
+            return peer.session.notify(peer.payload(b"t", data), data, time.time())
+
+        await subscriber.subscribe(b"t")
+        frames = [signed(publisher, b"%d" % n) for n in range(5)]
+        send_at_once(publisher, *frames)
+        assert [(await publisher.answer()).subscribers for _ in frames] == [1] * 5
+        for used in frames:
+            async with websocket_peer(server.url, theirs) as thief:
+                send_at_once(thief, signed(thief, b"new"), used, signed(thief, b"newer"))
+                assert (await thief.closed()).code == 4403
+        assert await publisher.notify(b"t", b"last") == 1
+        got = [(await subscriber.message())[1]]
+        while got[-1] != b"last":
+            got.append((await subscriber.message())[1])
+        alone = [b"new"] * 5 if PROTOCOLS["present"] is PROTOCOLS["events"] else []
+        assert got == [b"0", b"1", b"2", b"3", b"4", *alone, b"last"]
+    guard.close()
+
+
+async def test_what_cannot_be_remembered_is_not_done(tmp_path: Path) -> None:
+    path = str(tmp_path / "replay")
+    guard = SqliteReplayGuard(path, busy_timeout=0.001)
+    theirs = AUTHS["hmac"]()
+    ours = replace(theirs, to_broadcaster=Hmac(b"u" * 64, replay=guard), together=guard)
+    async with running(ours) as server, websocket_peer(server.url, theirs) as peer:
+        await peer.subscribe(b"t")
+        async with websocket_peer(server.url, theirs) as publisher:
+            session, payload = publisher.session, publisher.payload(b"t", b"x")
+            frames = [session.notify(payload, b"x", time.time()) for _ in range(3)]
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                send_at_once(publisher, *frames)
+                assert (await publisher.closed()).code == 4503
+                other.execute("ROLLBACK")
+        assert await peer.notify(b"t", b"y") == 1
+        assert await peer.message() == (b"t", b"y")
+    guard.close()
 
 
 async def test_subscriptions_end_with_unsubscribing_and_with_the_connection() -> None:
