@@ -390,13 +390,9 @@ class Round:
             log.warning("topic %r: needless messages or notices may follow: %s", self.topic, e)
 
     def _missed(self, urls: Iterable[str]) -> list[tuple[Subscription, bytes]]:
-        """One subscription per url and recovery url: a notice each is enough."""
-        found: dict[tuple[str, str], Subscription] = {}
-        for url in urls:
-            for subscription in self.urls[url]:
-                if subscription.recovery:
-                    found.setdefault((url, subscription.recovery), subscription)
-        return [(subscription, self.topic) for subscription in found.values()]
+        """All that matched: the news must outlive each of them that is unsubscribed meanwhile.
+        Those of one url share a notice."""
+        return [(s, self.topic) for url in urls for s in self.urls[url] if s.recovery]
 
 
 class Delivery(Post):

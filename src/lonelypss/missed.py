@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from lonelypsp.bodies import Missed, ResponseConfirmMissed
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 BATCH = 256
 MAX_UNDER_WAY = 1024
 """Notices being sent at one time: a full batch of dead hosts holds up nobody else's notices."""
+MAX_UNWRITTEN = 100_000
+"""Failed deliveries in memory while the database is away."""
 MAX_AT_HOST = 256
 """Of these to one host: a slow one with many notices holds up nobody else's."""
 POSTPONED = 0.1
@@ -74,20 +76,42 @@ class MissedNotices:
         self._again: dict[Origin, float] = {}
         """When the last notice of a host that was postponed will be looked at again."""
         self._journal: dict[tuple[int, bytes], _Note] = {}
+        self._unwritten: dict[tuple[int, bytes], tuple[Subscription, bytes]] = {}
 
     async def record(self, items: Sequence[tuple[Subscription, bytes]], pause: float = 0.0) -> None:
-        """Remembers that these (subscription, topic) pairs were not reached.
+        """Remembers that these (subscription, topic) pairs were not reached; in memory until the
+        database is back, if it is away.
 
         Args:
             pause: seconds that must pass before their notices.
 
         Raises:
-            StoreUnavailable: nothing was recorded.
+            StoreUnavailable: nothing was recorded, there is too much in memory.
         """
         for subscription, topic in items:
             if note := self._journal.get((subscription.id, topic)):
                 note.failed = True
-        await self._record(items, max(self.config.missed_delay(0) or 0.0, pause))
+        delay = self.config.missed_delay(0) or 0.0
+        try:
+            await self._record(items, max(delay, pause))
+        except StoreUnavailable as e:
+            if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
+                raise
+            log.warning("%d failed deliveries stay in memory for now: %s", len(items), e)
+            if not self._unwritten:
+                self._wake.set()
+            self._unwritten |= {(s.id, topic): (s, topic) for s, topic in items}
+
+    async def _write_down(self) -> None:
+        """Writes what stayed in memory."""
+        if not self._unwritten:
+            return
+        items, self._unwritten = self._unwritten, {}
+        try:
+            await self._record(list(items.values()), self.config.missed_delay(0) or 0.0)
+        except BaseException:
+            self._unwritten = items | self._unwritten
+            raise
 
     async def _record(self, items: Sequence[tuple[Subscription, bytes]], delay: float) -> None:
         if not items:
@@ -151,6 +175,10 @@ class MissedNotices:
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
+            try:
+                await self._write_down()
+            except StoreUnavailable as e:
+                log.error("no MISSED notice for %d failed deliveries: %s", len(self._unwritten), e)
 
     async def _sweep(self) -> float:
         """Starts on what is due; seconds until the next look."""
@@ -159,9 +187,13 @@ class MissedNotices:
         if room <= 0:
             return pause  # whichever ends first wakes us
         try:
+            await self._write_down()
             lease = self.config.missed_lease
             claimed = await self.store.claim_missed(time.time(), room, lease)
-            postponed = [(n, due) for n in claimed if (due := self._start(n)) is not None]
+            postponed: list[tuple[MissedNotice, float]] = []
+            for notices in _shared(claimed):
+                if (later := self._start(notices)) is not None:
+                    postponed += [(notice, later) for notice in notices]
             if postponed:
                 await self.store.postpone_missed(postponed)
             due = await self.store.next_due()
@@ -173,11 +205,11 @@ class MissedNotices:
             return pause
         return pause if due is None else min(pause, max(0.02, due - time.time()))
 
-    def _start(self, notice: MissedNotice) -> float | None:
-        """Begins to send `notice`, if it is its turn; else when to look at it again."""
+    def _start(self, notices: list[MissedNotice]) -> float | None:
+        """Begins to send what they share, if it is its turn; else when to look at it again."""
         target, answer, failing = None, None, False
         try:
-            target = self.sender.policy.target(notice.recovery)
+            target = self.sender.policy.target(notices[0].recovery)
         except UrlRefused as e:
             answer = Reply(0, b"", f"url refused: {e}", "", Outcome.REFUSED)
         origin = () if target is None else target.origin
@@ -189,7 +221,7 @@ class MissedNotices:
                 answer, failing = Reply(0, b"", OVER_BUDGET, "", Outcome.SKIPPED), False
         self._at_host[origin] += 1
         self._at_failing += failing
-        task = asyncio.create_task(self._announce(notice, target, answer))
+        task = asyncio.create_task(self._announce(notices, target, answer))
         self._under_way.add(task)
         task.add_done_callback(partial(self._ended, origin, failing))
         return None
@@ -212,9 +244,10 @@ class MissedNotices:
             log.error("a MISSED notice failed in an unforeseen way", exc_info=error)
 
     async def _announce(
-        self, notice: MissedNotice, target: Target | None, answer: Reply | None
+        self, notices: list[MissedNotice], target: Target | None, answer: Reply | None
     ) -> None:
         """Sends it to `target`, unless there is an answer already."""
+        notice = max(notices, key=lambda notice: notice.attempts)
         outcome: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         step = self.tracing.notice(notice.recovery, notice.topic, notice.attempts + 1)
         if answer is not None or target is None:
@@ -227,7 +260,7 @@ class MissedNotices:
         try:
             if failure is None:
                 failure = await self._remember(post.codes)
-            await self._settle(notice, failure)
+            await self._settle(notice, notices, failure)
         except StoreUnavailable as e:
             log.warning(
                 "cannot write down how the MISSED notice to %r ended, it will be repeated: %s",
@@ -243,7 +276,9 @@ class MissedNotices:
             return Reply(200, b"", "the authorization of the reply was used before")
         return None
 
-    async def _settle(self, notice: MissedNotice, failure: Reply | None) -> None:
+    async def _settle(
+        self, notice: MissedNotice, notices: list[MissedNotice], failure: Reply | None
+    ) -> None:
         if failure is None:
             self.attempts.write(
                 logging.INFO,
@@ -255,7 +290,8 @@ class MissedNotices:
             )
             self.metrics.notice("confirmed")
             await self.leases.seen_at_last(notice.url)
-            await self.store.finish_missed(notice, time.time())
+            for each in notices:
+                await self.store.finish_missed(each, time.time())
             return
         delay = self.config.missed_delay(notice.attempts + 1)
         what_next = "given up" if delay is None else f"again in {delay:.0f} s"
@@ -272,11 +308,20 @@ class MissedNotices:
             next=what_next,
         )
         self.metrics.notice("given_up" if delay is None else "retried")
-        if delay is None:
-            await self.store.finish_missed(notice, time.time())
-        else:
-            asked = retry_after(failure.status, failure.retry_after)
-            await self.store.retry_missed(notice, time.time() + max(delay, asked))
+        due = time.time() + max(delay or 0.0, retry_after(failure.status, failure.retry_after))
+        for each in notices:
+            if delay is None:
+                await self.store.finish_missed(each, time.time())
+            else:
+                await self.store.retry_missed(each, due)
+
+
+def _shared(notices: Sequence[MissedNotice]) -> Iterable[list[MissedNotice]]:
+    """Those that tell the same to the same: subscriptions of one url may overlap."""
+    groups: dict[tuple[str, str, bytes], list[MissedNotice]] = {}
+    for notice in notices:
+        groups.setdefault((notice.url, notice.recovery, notice.topic), []).append(notice)
+    return groups.values()
 
 
 class _Note:

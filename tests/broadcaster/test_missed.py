@@ -240,6 +240,33 @@ async def test_each_slot_is_sent_once_by_two_broadcasters(database: str, tmp_pat
             assert len(topics) == len(set(topics)) == 30
 
 
+async def test_overlapping_subscriptions_share_a_notice() -> None:
+    async with Subscriber() as subscriber, announcing() as one:
+        subscriber.handler = failing(subscriber)
+        recovery = subscriber.recovery
+        await one.store.set_subscriptions(
+            subscriber.url, [(b"a", recovery)], [("*", recovery), ("a*", recovery), ("?", None)]
+        )
+        await notify(one, b"a")
+        await until_async(lambda: none_left(one))
+        assert [r.missed for r in notices(subscriber)] == [b"a"]
+
+
+async def test_the_other_of_two_overlapping_subscriptions_is_told() -> None:
+    """Whichever of them goes before the notice is due."""
+    async with Subscriber() as subscriber, announcing(missed_constant=0.3) as one:
+        subscriber.handler = failing(subscriber)
+        recovery = subscriber.recovery
+        for topic in (b"a", b"b"):
+            await subscribed(one.store, subscriber.url, topic, recovery)
+            assert await one.store.subscribe(Kind.GLOB, topic + b"*", subscriber.url, recovery)
+            await notify(one, topic)
+        assert await one.store.unsubscribe(Kind.EXACT, b"a", subscriber.url)
+        assert await one.store.unsubscribe(Kind.GLOB, b"b*", subscriber.url)
+        await subscriber.got(4)
+        assert {r.missed for r in notices(subscriber)} == {b"a", b"b"}
+
+
 async def test_notices_survive_a_restart(tmp_path: Path) -> None:
     db = f"sqlite:///{tmp_path}/one.db"
     async with Subscriber() as subscriber:
@@ -391,6 +418,63 @@ async def test_sweeper_survives_its_store(
         await notify(one)
         await until_async(lambda: none_left(one))
         assert failures > 2 or method == "next_due"
+
+
+async def unavailable(*_: Any) -> Any:
+    raise StoreUnavailable("locked")
+
+
+async def test_failures_while_the_database_is_away_are_announced_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Subscriber() as subscriber, announcing(sweep_missed_interval=1000) as one:
+        subscriber.handler = failing(subscriber)
+        for topic in (b"a", b"b"):
+            await subscribed(one.store, subscriber.url, topic, subscriber.recovery)
+        with monkeypatch.context() as patch:
+            patch.setattr(one.store, "record_missed", unavailable)
+            for topic in (b"a", b"b", b"a"):
+                assert await notify(one, topic) == 0
+            await until(lambda: "cannot look for MISSED notices" in caplog.text)
+        await until(lambda: {r.missed for r in notices(subscriber)} == {b"a", b"b"})
+        await until_async(lambda: none_left(one))
+        assert not one.missed._unwritten
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+async def test_failures_in_memory_when_it_stops(
+    is_back: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    db = f"sqlite:///{tmp_path}/one.db"
+    async with Subscriber() as subscriber:
+        subscriber.handler = failing(subscriber)
+        with monkeypatch.context() as patch:
+            async with announcing(db=db, missed_lease=1.0) as one:
+                await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
+                patch.setattr(one.store, "record_missed", unavailable)
+                await notify(one)
+                await until(lambda: "cannot look for MISSED notices" in caplog.text)
+                if is_back:
+                    patch.undo()
+        assert ("no MISSED notice for 1 failed deliveries" in caplog.text) is not is_back
+        async with announcing(db=db) as two:
+            await until_async(lambda: none_left(two))
+        assert len(notices(subscriber)) == is_back
+
+
+async def test_failures_in_memory_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lonelypss.missed.MAX_UNWRITTEN", 2)
+    async with Subscriber() as subscriber, announcing() as one:
+        subscriber.handler = failing(subscriber)
+        for n in range(3):
+            await subscribed(one.store, subscriber.url, b"%d" % n, subscriber.recovery)
+        monkeypatch.setattr(one.store, "record_missed", unavailable)
+        for n in range(3):
+            assert await notify(one, b"%d" % n) == 0
+        assert len(one.missed._unwritten) == 2
+        assert "no MISSED notice will follow" in caplog.text
 
 
 @pytest.mark.parametrize("operation", ["MISSED", "CONFIRM_MISSED"])
