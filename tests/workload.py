@@ -38,7 +38,7 @@ KEPT = {"0": [("exact", PROBE)], "1": [("exact", PROBE), ("glob", "?1")]}
 MOODS = {
     # shares of: confirm, confirm after a while, refuse, break off, hang
     "good": (1.0, 0.0, 0.0, 0.0, 0.0),
-    "mixed": (0.7, 0.1, 0.12, 0.06, 0.02),
+    "mixed": (0.7, 0.1, 0.12, 0.07, 0.01),
     "away": (0.0, 0.0, 0.5, 0.5, 0.0),
     "cut off": (0.0, 0.0, 0.0, 0.0, 1.0),
 }
