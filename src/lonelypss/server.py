@@ -340,10 +340,15 @@ class _Server(Listening):
         self._drain = settings.drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        # what exists by now stays: looking through it again and again costs each message
-        gc.collect()
-        gc.freeze()
+        # what exists after this stays: looking through it again and again costs the start, if there
+        # are many globs, and each message
+        gc.disable()
+        try:
+            await super().startup(sockets)
+            gc.collect()
+            gc.freeze()
+        finally:
+            gc.enable()
         self._announce()
 
     def _startup_status(self) -> int:

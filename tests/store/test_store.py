@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 from collections import Counter
@@ -397,6 +398,28 @@ async def test_globs_are_read_page_by_page_while_they_change(
         assert [s.recovery for s in await store.match(b"late/x")] == [f"http://{n}/"]
         found = await asyncio.gather(*(store.match(b"%d/x" % m) for m in range(100)))
         assert [len(f) for f in found] == [0] * (n + 1) + [1] * (99 - n)
+
+
+async def test_many_globs_do_not_wake_the_garbage_collector(store: Store) -> None:
+    """Where it was kept from what stays, as `lonelypss serve` does, it would look through all of
+    them, for 100 ms and more."""
+    await store.set_subscriptions(A, [], [(f"a{n}-*/{n}/*", None) for n in range(16_000)])
+    looked_through: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if info["generation"] == 2:
+            looked_through.append(len(gc.get_objects()))
+
+    gc.collect()
+    gc.freeze()
+    gc.callbacks.append(note)
+    try:
+        store._globs._globs = globset._Globs()  # type: ignore[attr-defined] # as at the start
+        assert len(await store.match(b"a15999-x/15999/y")) == 1
+    finally:
+        gc.callbacks.remove(note)
+        gc.unfreeze()
+    assert looked_through == []
 
 
 async def test_more_subscribers_than_are_read_at_once(

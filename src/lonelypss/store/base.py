@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import resources
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from lonelypsp.replay import Code
+
+R = TypeVar("R")
 
 PRUNED_AT_ONCE = 100
 
@@ -269,6 +271,44 @@ class Store(Protocol):
 
     async def counts(self) -> dict[str, int]:
         """How many `exact`, `glob` and `missed` rows there are, for operators."""
+
+
+class Difference(Generic[R]):
+    """How to get from the subscriptions that a url has to those that are wanted, all sorted.
+
+    Args:
+        present: id, kind, pattern and recovery of rows.
+        exact, globs: pattern and recovery.
+        recovery: from a recovery url to what is in a row.
+
+    Attributes:
+        added: kind, pattern, recovery.
+        changed: id, recovery.
+        dropped: ids.
+        any_glob: whether globs are among what is added or dropped.
+    """
+
+    def __init__(
+        self,
+        present: Iterable[tuple[int, int, bytes, R]],
+        exact: Iterable[tuple[bytes, str | None]],
+        globs: Iterable[tuple[str, str | None]],
+        recovery: Callable[[str | None], R],
+    ) -> None:
+        wanted = {(int(Kind.EXACT), topic): recovery(r) for topic, r in exact}
+        wanted |= {(int(Kind.GLOB), glob.encode()): recovery(r) for glob, r in globs}
+        surplus = {(kind, pattern): (id, found) for id, kind, pattern, found in present}
+        added, changed = [], []
+        for key, value in wanted.items():
+            before = surplus.pop(key, None)
+            if before is None:
+                added.append((*key, value))
+            elif before[1] != value:
+                changed.append((before[0], value))
+        self.added = sorted(added, key=lambda row: row[:2])
+        self.changed = sorted(changed, key=lambda row: row[0])
+        self.dropped = sorted(id for id, _ in surplus.values())
+        self.any_glob = any(kind == Kind.GLOB for kind, *_ in (*added, *surplus))
 
 
 def load_queries(name: str) -> dict[str, str]:

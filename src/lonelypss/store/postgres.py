@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -31,6 +32,7 @@ from lonelypsp.signing import TOKEN_LIFETIME
 from lonelypss.config import without_password
 from lonelypss.store.base import (
     PRUNED_AT_ONCE,
+    Difference,
     Kind,
     MissedNotice,
     OverQuota,
@@ -58,7 +60,7 @@ _MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in 
 
 _ASKING = 2  # questions of `match` on their way at a time
 _AT_ONCE = 500  # topics in one of them, and codes
-_ROWS_AT_ONCE = 5000  # of an answer that are dealt with without a pause
+_ROWS_AT_ONCE = 2000  # that are dealt with without a pause
 _TRIES = 3
 _FORGET_PEER = 86_400.0
 _MIGRATION_LOCK = 0x6C6F6E656C79  # "lonely"
@@ -223,10 +225,10 @@ class PostgresStore:
         else:
             rows = await self._read("match", topics)
         found: list[list[Subscription]] = [[] for _ in topics]
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            if start:
+        for number, some in enumerate(_pieces(rows)):
+            if number:
                 await asyncio.sleep(0)
-            for n, _, id, url, recovery in rows[start : start + _ROWS_AT_ONCE]:
+            for n, _, id, url, recovery in some:
                 if id is not None:
                     found[n - 1].append(
                         Subscription(id, Kind.EXACT, topics[n - 1], url.decode(), _text(recovery))
@@ -338,7 +340,12 @@ class PostgresStore:
 
     async def subscriptions(self, url: str) -> list[Subscription]:
         rows = await self._read("subscriptions", url.encode(), timeout=_LONG)
-        return [_subscription(*row) for row in rows]
+        found: list[Subscription] = []
+        for number, some in enumerate(_pieces(rows)):
+            if number:
+                await asyncio.sleep(0)
+            found += [_subscription(*row) for row in some]
+        return found
 
     async def set_subscriptions(
         self,
@@ -350,31 +357,23 @@ class PostgresStore:
         exact, globs = list(exact), list(globs)
 
         async def work(db: Connection) -> None:
-            wanted = {(int(Kind.EXACT), topic): _bytes(recovery) for topic, recovery in exact}
-            wanted |= {(int(Kind.GLOB), glob.encode()): _bytes(r) for glob, r in globs}
             async with db.transaction():
                 await db.execute(_SQL["lock_url"], url.encode())
-                surplus = {
-                    (kind, pattern): (id, recovery)
-                    for id, kind, pattern, _, recovery in await db.fetch(
-                        _SQL["subscriptions"], url.encode()
-                    )
-                }
-                added, changed = [], []
-                for key, recovery in wanted.items():
-                    before = surplus.pop(key, None)
-                    if before is None:
-                        added.append((*key, recovery))
-                    elif before[1] != recovery:
-                        changed.append((before[0], recovery))
-                if any(kind == Kind.GLOB for kind, *_ in (*added, *surplus)):
+                rows = await db.fetch(_SQL["subscriptions"], url.encode())
+                compare = partial(Difference, _present(rows), exact, globs, _bytes)
+                if len(rows) + len(exact) + len(globs) <= _ROWS_AT_ONCE:
+                    found = compare()
+                else:
+                    found = await asyncio.to_thread(compare)
+                if found.any_glob:
                     await db.execute(_SQL["lock_globs"])
-                if surplus:
-                    await db.execute(_SQL["drop"], sorted(id for id, _ in surplus.values()))
-                if changed:
-                    await db.execute(_SQL["change_recovery"], *_columns(sorted(changed), 2))
-                if added:
-                    await db.execute(_SQL["add_many"], url.encode(), *_columns(sorted(added), 3))
+                for ids in _pieces(found.dropped):
+                    await db.execute(_SQL["drop"], ids)
+                for changed in _pieces(found.changed):
+                    await db.execute(_SQL["change_recovery"], *_columns(changed, 2))
+                for added in _pieces(found.added):
+                    await db.execute(_SQL["add_many"], url.encode(), *_columns(added, 3))
+                if found.added:
                     await db.execute(_SQL["check_quotas"], url.encode(), *self._limits)
 
         await self._write(work, timeout=_LONG)
@@ -564,6 +563,17 @@ def _subscription(
     id: int, kind: int, pattern: bytes, url: bytes, recovery: bytes | None
 ) -> Subscription:
     return Subscription(id, Kind(kind), pattern, url.decode(), _text(recovery))
+
+
+def _present(
+    rows: Sequence[asyncpg.Record],
+) -> Iterator[tuple[int, int, bytes, bytes | None]]:
+    return ((id, kind, pattern, recovery) for id, kind, pattern, _, recovery in rows)
+
+
+def _pieces(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """So many at a time that others can be served in between."""
+    return (rows[n : n + _ROWS_AT_ONCE] for n in range(0, len(rows), _ROWS_AT_ONCE))
 
 
 def _text(value: bytes | None) -> str | None:

@@ -29,6 +29,7 @@ from typing import Any, TypeAlias, TypeVar
 from lonelypsp.replay import Code
 from lonelypss.store.base import (
     PRUNED_AT_ONCE,
+    Difference,
     Kind,
     MissedNotice,
     Quotas,
@@ -227,23 +228,13 @@ class SqliteStore:
         exact, globs = list(exact), list(globs)
 
         def work(db: sqlite3.Connection) -> None:
-            wanted = {(int(Kind.EXACT), topic): recovery for topic, recovery in exact}
-            wanted |= {(int(Kind.GLOB), glob.encode()): recovery for glob, recovery in globs}
-            added, changed = [], []
-            surplus = {
-                (kind, pattern): (id, recovery)
-                for id, kind, pattern, _, recovery in db.execute(_SQL["subscriptions"], (url,))
-            }
-            for key, recovery in wanted.items():
-                before = surplus.pop(key, None)
-                if before is None:
-                    added.append((*key, url, recovery))
-                elif before[1] != recovery:
-                    changed.append((recovery, before[0]))
-            _drop(db, [id for id, _ in surplus.values()])
-            db.executemany(_SQL["change_recovery"], changed)
-            _add_many(db, added)
-            if added:
+            rows = db.execute(_SQL["subscriptions"], (url,))
+            present = ((id, kind, pattern, recovery) for id, kind, pattern, _, recovery in rows)
+            found = Difference(present, exact, globs, lambda recovery: recovery)
+            _drop(db, found.dropped)
+            db.executemany(_SQL["change_recovery"], [(r, id) for id, r in found.changed])
+            _add_many(db, [(kind, pattern, url, r) for kind, pattern, r in found.added])
+            if found.added:
                 self._check_quotas(db, url)
 
         await self._write(work)
