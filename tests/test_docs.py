@@ -8,6 +8,7 @@ import pytest
 from lonelypsc.cli import main as client
 from lonelypsp.globs import glob_matches
 from lonelypss.cli import main as broadcaster
+from lonelypss.config import options
 from programs import ROOT
 
 GENERATOR: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "generate.py"))
@@ -45,6 +46,14 @@ def test_commands_in_the_text_exist(page: Path) -> None:
     for program, name in re.findall(r"\b(lonelyps[cs]) ([a-z][a-z-]+)\b", text):
         group = client if program == "lonelypsc" else broadcaster
         assert name in group.commands, f"{program} {name}"
+
+
+def test_options_that_the_security_page_names() -> None:
+    text = (ROOT / "docs/topics/security.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+    of_clients = {"replay_path"}
+    assert named - of_clients <= {option.name for option in options()}
+    assert len(named) > 20
 
 
 def test_sections_that_docstrings_refer_to() -> None:
