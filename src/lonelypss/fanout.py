@@ -28,15 +28,13 @@ from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.missed import MissedNotices
-from lonelypss.outcomes import Outcome, retry_after
+from lonelypss.outcomes import Outcome, Reply, judge, wish
 from lonelypss.sender import (
     ONE_WRITE,
     Post,
-    Reply,
     Sender,
     Unattended,
     authorization_header,
-    judge,
 )
 from lonelypss.store.base import Kind, Store, StoreUnavailable, Subscription
 from lonelypss.tracing import NO_MESSAGE_STEP, MessageStep
@@ -45,6 +43,7 @@ from lonelypss.urlpolicy import Target, UrlRefused, host_of
 log = logging.getLogger(__name__)
 
 MAX_COUNT = 0xFFFF_FFFF
+_CONFIRMED = Outcome.CONFIRMED  # members of enums are slow to find before Python 3.12
 HINTS = 3
 HINT_PAUSE = 60.0
 """Seconds between two of them that count."""
@@ -318,7 +317,7 @@ class Round:
     def confirm(self, url: str, count: int) -> None:
         self.count += count
         self.fanout.leases.seen(url)
-        self._settled(url, Outcome.CONFIRMED)
+        self._settled(url, _CONFIRMED)
 
     def unsubscribe(self, url: str) -> None:
         self.unsubscribed.append(url)
@@ -435,14 +434,15 @@ class Delivery(Post):
             outcome = judge(reply)
             if outcome is None:
                 round_.confirm(url, self._confirmed(reply.body))
-                hints.forget(url)
+                if hints.seen:
+                    hints.seen.pop(url, None)
             elif outcome is Outcome.HINT and (hints.count(url) or self.target.is_peer):
                 round_.unsubscribe(url)
             elif reply.error:
                 round_.fail(url, outcome, reply.error)
             else:
                 said = f"status {reply.status}{excerpt(reply.body)}"
-                round_.fail(url, outcome, said, retry_after(reply.status, reply.retry_after))
+                round_.fail(url, outcome, said, wish(reply))
         except ProtocolError as e:
             why = f"status {reply.status} with a bad reply: {e}"
             round_.fail(url, Outcome.UNCONFIRMED, why)
@@ -481,31 +481,30 @@ class Delivery(Post):
 
 class Hints:
     """What `00 0a` is worth, as `unsubscribe_immediate` says. It is not signed, and may come from
-    whoever has taken over an address."""
+    whoever has taken over an address.
+
+    Attributes:
+        seen: how many count, and when the last one came, of each url that has not confirmed since.
+    """
 
     def __init__(self, config: BroadcasterConfig) -> None:
         self._rule = config.unsubscribe_immediate
-        self._seen: dict[str, tuple[int, float]] = {}
+        self.seen: dict[str, tuple[int, float]] = {}
 
     def count(self, url: str) -> bool:
         """Whether one more is enough."""
         if self._rule is not UnsubscribeImmediate.QUARANTINE:
             return self._rule is UnsubscribeImmediate.OBEY
-        number, last = self._seen.pop(url, (0, -math.inf))
+        number, last = self.seen.pop(url, (0, -math.inf))
         now = time.monotonic()
         if now - last >= HINT_PAUSE:
             number, last = number + 1, now
         if number == HINTS:
             return True
-        self._seen[url] = number, last
-        if len(self._seen) > MAX_HINTS:
-            del self._seen[next(iter(self._seen))]
+        self.seen[url] = number, last
+        if len(self.seen) > MAX_HINTS:
+            del self.seen[next(iter(self.seen))]
         return False
-
-    def forget(self, url: str) -> None:
-        """It has confirmed a message."""
-        if self._seen:
-            self._seen.pop(url, None)
 
 
 def excerpt(body: bytes) -> str:

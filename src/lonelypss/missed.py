@@ -22,8 +22,8 @@ from lonelypss.config import BroadcasterConfig
 from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
-from lonelypss.outcomes import Outcome, retry_after
-from lonelypss.sender import Post, Reply, Sender, authorization_header, judge
+from lonelypss.outcomes import Outcome, Reply, judge, wish
+from lonelypss.sender import Post, Sender, authorization_header
 from lonelypss.store.base import (
     MissedNotice,
     Store,
@@ -308,7 +308,7 @@ class MissedNotices:
             next=what_next,
         )
         self.metrics.notice("given_up" if delay is None else "retried")
-        due = time.time() + max(delay or 0.0, retry_after(failure.status, failure.retry_after))
+        due = time.time() + max(delay or 0.0, wish(failure))
         for each in notices:
             if delay is None:
                 await self.store.finish_missed(each, time.time())

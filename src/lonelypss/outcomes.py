@@ -7,9 +7,11 @@ hosts, and the table in docs/topics/protocol.md, "Replies", is made from it.
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE
 
+BUSY_STATUSES = (429, 503)
 RETRY_AFTER_RANGE = (1.0, 3600.0)
 """Seconds between which a subscriber's Retry-After is believed."""
 
@@ -92,21 +94,35 @@ class Outcome(Enum):
     )
 
 
-def of_status(status: int, body: bytes) -> Outcome | None:
+class Reply(NamedTuple):
+    """What came back. `status` 0: nothing did, `error` says why and `outcome` what that means."""
+
+    status: int
+    body: bytes
+    error: str = ""
+    retry_after: str = ""
+    outcome: Outcome = Outcome.NOT_SENT
+
+
+def judge(reply: Reply) -> Outcome | None:
     """What a reply comes to; None: it depends on whether its body is a good confirmation.
 
     `HINT` stands for what may be `UNSUBSCRIBED`.
     """
-    if status in (429, 503):
+    status, is_stop = reply.status, reply.body == UNSUBSCRIBE_IMMEDIATE
+    if 200 <= status < 300:
+        return Outcome.HINT if is_stop else None
+    if status == 0:
+        return reply.outcome
+    if status in BUSY_STATUSES:
         return Outcome.BUSY
-    if body == UNSUBSCRIBE_IMMEDIATE and (200 <= status < 300 or status == 410):
-        return Outcome.HINT
-    return None if 200 <= status < 300 else Outcome.REJECTED
+    return Outcome.HINT if is_stop and status == 410 else Outcome.REJECTED
 
 
-def retry_after(status: int, value: str) -> float:
+def wish(reply: Reply) -> float:
     """Seconds that a subscriber asks us to wait, within reason."""
-    if of_status(status, b"") is not Outcome.BUSY or not (value.isascii() and value.isdigit()):
+    value = reply.retry_after
+    if reply.status not in BUSY_STATUSES or not (value.isascii() and value.isdigit()):
         return 0.0
     low, high = RETRY_AFTER_RANGE
     return min(max(float(value[:10]), low), high)

@@ -25,7 +25,6 @@ import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
-from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from typing import TypeAlias
@@ -38,7 +37,7 @@ from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.filesend import send_file
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
-from lonelypss.outcomes import Host, Outcome, of_status
+from lonelypss.outcomes import BUSY_STATUSES, Host, Outcome, Reply
 from lonelypss.resolver import Resolver
 from lonelypss.urlpolicy import Address, Origin, Target, UrlPolicy, UrlRefused
 
@@ -64,22 +63,6 @@ REMEMBERED = 60.0
 UNWANTED = 600.0
 """Seconds without a post after which a host that failed is not tried again."""
 MAX_BREAKERS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back. `status` 0: nothing did, `error` says why and `outcome` what that means."""
-
-    status: int
-    body: bytes
-    error: str = ""
-    retry_after: str = ""
-    outcome: Outcome = Outcome.NOT_SENT
-
-
-def judge(reply: Reply) -> Outcome | None:
-    """What a reply comes to; None: that is for its body to say."""
-    return of_status(reply.status, reply.body) if reply.status else reply.outcome
 
 
 def authorization_header(authorization: str | None) -> bytes:
@@ -277,7 +260,8 @@ class Sender:
         if host is None:
             host = self._hosts[origin] = _Host(self, post.target)
         host.submit(post)
-        self._look_again()
+        if self._timer is None:
+            self._look_again()
 
     def may_connect(self, host: _Host) -> bool:
         """Takes a place among all connections, if need be that of the longest idle one."""
@@ -462,8 +446,19 @@ class _Host:
     def submit(self, post: Post) -> None:
         if self.breaker is not None and self.breaker.state is not State.CLOSED:
             self._try(post, self.breaker)
+        elif self.idle:
+            self._start(post)
+        elif self.sender.closed:
+            self.fail_soon(post, STOPPING)
+        elif len(self.waiting) < self.sender.config.outgoing_queue_per_host:
+            self.enqueue(post)
         else:
-            self._take(post)
+            self.fail_soon(post, "the queue of this host is full (outgoing_queue_per_host)")
+
+    def _start(self, post: Post) -> None:
+        connection = self.idle.pop()
+        del self.sender.idle[connection]
+        connection.start(post)
 
     def _try(self, post: Post, breaker: _Failing) -> None:
         """Turns `post` away, or makes it the one that shows how the host is."""
@@ -472,23 +467,15 @@ class _Host:
         if trial is not post:
             self.fail_soon(post, SKIPPED, Outcome.SKIPPED)
         if trial is not None and (trial is post or self.idle) and breaker.trial():
-            self._take(_Trial(trial, breaker))
+            trial = _Trial(trial, breaker)
+            if self.idle:
+                self._start(trial)
+            else:
+                self.enqueue(trial)
         elif trial is post:
             self.fail_soon(post, SKIPPED, Outcome.SKIPPED)
         elif trial is not None and not breaker.probing:
             self.sender.probe(self, breaker, now)  # it has closed the connection meanwhile
-
-    def _take(self, post: Post) -> None:
-        if self.sender.closed:
-            self.fail_soon(post, STOPPING)
-        elif self.idle:
-            connection = self.idle.pop()
-            del self.sender.idle[connection]
-            connection.start(post)
-        elif len(self.waiting) < self.sender.config.outgoing_queue_per_host:
-            self.enqueue(post)
-        else:
-            self.fail_soon(post, "the queue of this host is full (outgoing_queue_per_host)")
 
     def enqueue(self, post: Post) -> None:
         """Makes `post` wait for a connection."""
@@ -530,7 +517,7 @@ class _Host:
         """A reply came to what was sent at `began`."""
         if self.breaker is not None:
             self.sender.answers(self)
-        if status in (429, 503):
+        if status in BUSY_STATUSES:
             self._halve(began)
         else:
             self.limit = min(self.most, self.limit + 1.0 / self.limit)

@@ -332,7 +332,7 @@ async def test_quarantine(monkeypatch: pytest.MonkeyPatch) -> None:
                 subscriber.handler = lambda r, a=answer: a or subscriber.confirm(r)
                 assert await notify(one) == (answer is None)
                 assert len(await rows(one.store, subscriber.url)) == left
-            assert not one.fanout.hints._seen
+            assert not one.fanout.hints.seen
 
 
 async def test_other_broadcasters_are_believed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lonelypsp.bodies import UNSUBSCRIBE_IMMEDIATE
-from lonelypss.outcomes import Host, Outcome, of_status, retry_after
+from lonelypss.outcomes import Host, Outcome, Reply, judge, wish
 
 
 @pytest.mark.parametrize("body", [b"", b"text", UNSUBSCRIBE_IMMEDIATE])
@@ -17,9 +17,14 @@ def test_every_status_has_an_outcome(status: int, body: bytes) -> None:
     elif body == UNSUBSCRIBE_IMMEDIATE and (status < 300 or status == 410):
         expected = Outcome.HINT
     elif status < 300:
-        assert of_status(status, body) is None
+        assert judge(Reply(status, body)) is None
         return
-    assert of_status(status, body) is expected
+    assert judge(Reply(status, body)) is expected
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_what_did_not_come_has_the_outcome_that_its_error_has(outcome: Outcome) -> None:
+    assert judge(Reply(0, b"", "why", "", outcome)) is outcome
 
 
 def test_the_table_is_whole() -> None:
@@ -52,4 +57,4 @@ def test_the_table_is_whole() -> None:
 )
 def test_retry_after(status: int, asked: str, seconds: float) -> None:
     """X27"""
-    assert retry_after(status, asked) == seconds
+    assert wish(Reply(status, b"", "", asked)) == seconds

@@ -710,7 +710,7 @@ async def test_host_that_is_silent_has_to_answer_one_that_nobody_waits_for() -> 
                 sender.post(probe)
             for probe in probes:
                 assert (await probe.reply()).outcome in (Outcome.SILENT, Outcome.SKIPPED)
-            assert counting.states == ["open"]
+            assert counting.states[0] == "open"
             await until(lambda: sender.breakers()["half_open"] and sender.idle)
             seen = len(subscriber.requests)
             probes = [Attended(subscriber.url) for _ in range(5)]
@@ -718,7 +718,7 @@ async def test_host_that_is_silent_has_to_answer_one_that_nobody_waits_for() -> 
                 sender.post(probe)
             for probe in probes:
                 assert (await probe.reply()).outcome is Outcome.SKIPPED
-            await until(lambda: counting.states.count("open") == 2)  # silent as before
+            await until(lambda: counting.states.count("open") >= 2)  # silent as before
             assert len(subscriber.requests) == seen + 1, "one of them was sent"
             silent = False
             await until(lambda: sender.breakers()["half_open"] and sender.idle)
