@@ -2,20 +2,23 @@
 
 import json
 import re
+import signal
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from certificates import Authority
 from programs import (
+    PATIENCE,
     ROOT,
     Program,
     broadcaster,
+    command,
     eventually,
     free_port,
     run,
@@ -245,3 +248,28 @@ def test_every_example_is_run() -> None:
     source = Path(__file__).read_text()
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert {name for name in names if f'"{name}"' in source} == names
+
+
+def test_rolling_restart(directory: Path) -> None:
+    """Two broadcasters on one file, as on one PostgreSQL."""
+    ports = [free_port(), free_port()]
+    text = (EXAMPLES / "rolling_restart.py").read_text()
+    for port, free in zip(("3003", "3004", "3002"), (*ports, free_port()), strict=True):
+        text = text.replace(port, str(free))
+    (directory / "rolling_restart.py").write_text(text)
+    serve = [command("lonelypss", "serve", f"--port={port}", "--drain=0") for port in ports]
+    with ExitStack() as stack:
+        running = [stack.enter_context(started(argv, directory)) for argv in serve]
+        for one in running:
+            one.line("lonelypss listens on")
+        argv = [sys.executable, "-W", "error", "rolling_restart.py"]
+        program = stack.enter_context(started(argv, directory))
+        program.line("Sending, until Ctrl-C")
+        for one, again in zip(running, serve, strict=True):
+            assert one.stop() == 0
+            stack.enter_context(started(again, directory)).line("lonelypss listens on")
+        program.process.send_signal(signal.SIGINT)
+        counts = re.findall(r"\d+", program.line("Sent "))
+        assert counts[0] == counts[2]
+        assert counts[1] == "0"
+        assert program.process.wait(PATIENCE) == 0
