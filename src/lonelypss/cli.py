@@ -165,6 +165,25 @@ def _configured(command: Callable[..., None]) -> Callable[..., None]:
     return _secrets_option(_config_option(run))
 
 
+_host_option = click.option(
+    "--host", default="127.0.0.1", show_default=True, envvar="LONELYPSS_HOST",
+    help="Address to listen on. Bind to an internal one; --tls-cert is for https.",
+)  # fmt: skip
+_port_option = click.option(
+    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True,
+    envvar="LONELYPSS_PORT", help="0 takes a free one.",
+)  # fmt: skip
+_workers_option = click.option(
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True,
+    envvar="LONELYPSS_WORKERS", help="Processes that share the port; limits count per process.",
+)  # fmt: skip
+_insecure_option = click.option(
+    "--insecure", is_flag=True, envvar="LONELYPSS_INSECURE", help="Also listen where others could"
+    " send without a secret, or read it: on an address that is not a loopback, with 'none', or"
+    " with tokens without TLS.",
+)  # fmt: skip
+
+
 def _secrets_file(given: str | None) -> str | None:
     if given is not None:
         return given
@@ -183,6 +202,7 @@ Examples:
   lonelypss setup                       write secrets and a main.py here
   lonelypss serve                       run a broadcaster on 127.0.0.1:3003
   lonelypss check-config                what is in force, and where it comes from
+  lonelypss doctor                      what is in the way, and what to do
   lonelypss subs ls --topic orders/42   who would get a message
 """,
 )
@@ -270,18 +290,9 @@ Examples:
 Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port taken.
 """,
 )
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, envvar="LONELYPSS_HOST",
-    help="Address to listen on. Bind to an internal one; --tls-cert is for https.",
-)  # fmt: skip
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True,
-    envvar="LONELYPSS_PORT", help="0 takes a free one.",
-)  # fmt: skip
-@click.option(
-    "--workers", type=click.IntRange(1, 256), default=1, show_default=True,
-    envvar="LONELYPSS_WORKERS", help="Processes that share the port; limits count per process.",
-)  # fmt: skip
+@_host_option
+@_port_option
+@_workers_option
 @click.option(
     "--grace", type=click.IntRange(0, 3600), default=10, show_default=True,
     envvar="LONELYPSS_GRACE", help="Seconds that running requests get when it stops.",
@@ -291,11 +302,7 @@ Exit status: 0 stopped by SIGINT or SIGTERM, 1 cannot run, 2 wrong use or port t
     envvar="LONELYPSS_DRAIN", help="Seconds that it goes on when it is to stop, while /readyz says"
     " 503: as long as a load balancer takes to notice.",
 )  # fmt: skip
-@click.option(
-    "--insecure", is_flag=True, envvar="LONELYPSS_INSECURE", help="Also listen where others could"
-    " send without a secret, or read it: on an address that is not a loopback, with 'none', or"
-    " with tokens without TLS.",
-)  # fmt: skip
+@_insecure_option
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
     show_default=True, envvar="LONELYPSS_LOG_LEVEL", help="Of the log on stderr.",
@@ -598,6 +605,58 @@ def _changed(id: str, written: Sequence[Path], next_: str, as_json: bool) -> Non
     for path in written:
         click.echo(f"wrote {path}")
     click.echo(f"Next: {next_}")
+
+
+# doctor
+@main.command(
+    cls=_Grouped,
+    epilog="""\b
+Examples:
+  lonelypss doctor
+  lonelypss doctor --host 10.0.0.5 --db postgresql://lonelyps@db.internal/lonelyps
+
+\b
+Exit status: 0 nothing is in the way, 1 something is, 2 wrong use.
+""",
+)
+@_host_option
+@_port_option
+@_workers_option
+@_insecure_option
+@_json_option
+@_readable_option
+@_configured
+def doctor(
+    loaded: Loaded,
+    secrets: str | None,
+    allow_readable_secrets: bool,
+    host: str,
+    port: int,
+    workers: int,
+    insecure: bool,
+    as_json: bool,
+) -> None:
+    """Look for what keeps a broadcaster from working, and say what to do.
+
+    Takes the options of `lonelypss serve`. Looks at packages, secrets, port, database (reachable?
+    which schema? its clock?), other broadcasters, limits and disk; changes and starts nothing.
+    """
+    from lonelypss.doctor import Finding, Level, Patient, examine
+
+    patient = Patient(loaded.config, secrets, allow_readable_secrets, host, port, workers, insecure)
+
+    async def findings() -> list[Finding]:
+        return [finding async for finding in examine(patient)]
+
+    found = asyncio.run(findings())
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        for finding in found:
+            click.echo(f"{finding.level:8}  {finding.about:9}  {_plain(finding.text)}")
+            if finding.advice:
+                click.echo(f"{'':19}  -> {finding.advice}")
+    sys.exit(any(finding.level is Level.PROBLEM for finding in found))
 
 
 # subs

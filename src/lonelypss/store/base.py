@@ -96,6 +96,29 @@ class OverQuota(Exception):
     """There would be too many subscriptions; nothing was changed. The text names the option."""
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A database as it was found, and left.
+
+    Attributes:
+        schema: the version of its tables; None: there are none of ours yet.
+        known: the version that this lonelypss makes.
+        peers: urls of processes on it that gave a sign of life.
+        clock: its time, seconds since the epoch, in the middle of the question.
+        can_create: whether we may make and change tables.
+        is_standby: whether it takes no writes.
+        connections: most that it takes of us; None: as many as we like.
+    """
+
+    schema: int | None
+    known: int
+    peers: list[str]
+    clock: float
+    can_create: bool = True
+    is_standby: bool = False
+    connections: int | None = None
+
+
 class StoreUnavailable(Exception):
     """The database cannot answer now. The same call may succeed later.
 

@@ -32,6 +32,7 @@ from lonelypsp.signing import TOKEN_LIFETIME
 from lonelypss.config import without_password
 from lonelypss.store.base import (
     PRUNED_AT_ONCE,
+    Condition,
     Difference,
     Kind,
     MissedNotice,
@@ -557,6 +558,38 @@ def _taken(waiting: dict[K, T]) -> dict[K, T]:
     for key in batch:
         del waiting[key]
     return batch
+
+
+async def examine(url: str) -> Condition:
+    """Looks at a database and changes nothing.
+
+    Raises:
+        StoreUnavailable, StoreCorrupt
+    """
+    asyncpg = _asyncpg()
+    address, options = _split(url)
+    with _Errors(asyncpg, without_password(url), Quotas()).at_start():
+        db = await asyncpg.connect(address, timeout=5.0, command_timeout=5.0, **options)
+        try:
+            asked = time.time()
+            row = await db.fetchrow(_SQL["condition"])
+            ours = time.time()
+            schema, peers = None, []
+            if await db.fetchval(_SQL["schema"]):
+                schema = await db.fetchval(_SQL["schema_version"])
+                rows = await db.fetch(_SQL["living_peers"], ours)
+                peers = [url.decode() for (url,) in rows]
+        finally:
+            await db.close()
+    return Condition(
+        schema,
+        len(_MIGRATIONS),
+        peers,
+        clock=row["clock"] + (ours - asked) / 2,
+        can_create=row["can_create"],
+        is_standby=row["is_standby"],
+        connections=row["connections"],
+    )
 
 
 def _subscription(

@@ -435,3 +435,13 @@ SELECT url, subscriptions FROM lonelyps_subscribers AS u WHERE seen <= $1 AND NO
 SELECT (SELECT count(*) FROM lonelyps_subscriptions WHERE kind = 0) AS exact,
     (SELECT count(*) FROM lonelyps_subscriptions WHERE kind = 1) AS glob,
     (SELECT count(*) FROM lonelyps_missed) AS missed;
+
+-- name: condition
+SELECT extract(epoch FROM clock_timestamp())::float8 AS clock,
+    coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS can_create,
+    pg_is_in_recovery() AS is_standby,
+    current_setting('max_connections')::integer
+        - current_setting('superuser_reserved_connections')::integer AS connections;
+
+-- name: living_peers
+SELECT url FROM lonelyps_peers WHERE alive_until > $1;

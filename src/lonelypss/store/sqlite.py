@@ -29,6 +29,7 @@ from typing import Any, TypeAlias, TypeVar
 from lonelypsp.replay import Code
 from lonelypss.store.base import (
     PRUNED_AT_ONCE,
+    Condition,
     Difference,
     Kind,
     MissedNotice,
@@ -398,6 +399,31 @@ def _read_globs(known: int, after: Cursor, db: sqlite3.Connection) -> GlobChange
 
 
 # Opening
+
+
+def examine(path: str) -> Condition:
+    """Looks at a database file that is there, and changes nothing.
+
+    Raises:
+        StoreUnavailable, StoreCorrupt
+    """
+    explained, path = SqliteStore(path)._explain, os.path.abspath(path)
+    # of a file that nobody uses, a -wal would be made, and stay
+    mode = "ro" if os.path.exists(f"{path}-wal") else "ro&immutable=1"
+    try:
+        _refuse_what_is_torn(path)
+        with closing(_connect(path, sqlite3.Connection, mode=mode)) as db:
+            if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise StoreCorrupt(f"{path} is damaged: {found}. {_RESTORE}")
+            version, now, peers = _schema_version(db), time.time(), []
+            if version > 1:
+                rows = db.execute("SELECT url FROM peers WHERE alive_until > ?", (now,))
+                peers = [url for (url,) in rows]
+            elif not version and db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise StoreCorrupt(f"{path} belongs to another program: name another file (--db)")
+    except sqlite3.Error as error:
+        raise explained(error) from error
+    return Condition(version or None, len(_MIGRATIONS), peers, now)
 
 
 def _connect(
