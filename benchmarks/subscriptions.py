@@ -31,8 +31,8 @@ from typing import Any
 import report
 
 from lonelypsp.globs import GlobIndex
+from lonelypss import collector
 from lonelypss.store import Kind, Store
-from lonelypss.store.globset import _Globs
 from lonelypss.store.postgres import PostgresStore
 from lonelypss.store.sqlite import SqliteStore
 
@@ -189,12 +189,9 @@ async def opened(db: str, steps: Steps) -> tuple[Store, dict[str, float]]:
     store = make(db)
     gc.collect()
     before, clock, cpu = rss(), time.perf_counter(), time.process_time()
-    gc.disable()
-    await store.open()
-    found = {"open": time.perf_counter() - clock, "open cpu": time.process_time() - cpu}
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    with collector.taken_over():
+        await store.open()
+        found = {"open": time.perf_counter() - clock, "open cpu": time.process_time() - cpu}
     await steps.begin()
     return store, {**found, "memory": rss() - before}
 
@@ -265,10 +262,11 @@ async def measure_glob(db: str, count: int) -> dict[str, float]:
         await store.set_subscriptions(mine, [], [])
         found["step"] = steps.take()
         # as after more than 10,000 changes at once by another broadcaster
-        globs._globs = _Globs()
+        globs._globs.version = -1
         clock = time.perf_counter()
         await store.match(b"none")
         found["reread"] = time.perf_counter() - clock
+        await globs._emptying
         found["reread step"] = steps.take()
     finally:
         await store.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ from websockets.protocol import State
 from lonelypsp.frames import Cutter, Mask, framed
 from lonelypsp.guard import guarded, tls_extension
 from lonelypsp.shortcut import with_shortcut
-from lonelypss import logs, tls
+from lonelypss import collector, logs, tls
 from lonelypss.app import App, create_app
 from lonelypss.asgi import ASGIApp
 from lonelypss.config import BroadcasterConfig, ConfigError
@@ -340,15 +339,8 @@ class _Server(Listening):
         self._drain = settings.drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # what exists after this stays: looking through it again and again costs the start, if there
-        # are many globs, and each message
-        gc.disable()
-        try:
+        with collector.taken_over():
             await super().startup(sockets)
-            gc.collect()
-            gc.freeze()
-        finally:
-            gc.enable()
         self._announce()
 
     def _startup_status(self) -> int:

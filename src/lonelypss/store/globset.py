@@ -7,12 +7,12 @@ The database counts the versions of its globs. Each question to it also tells th
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from lonelypsp.globs import GlobIndex
+from lonelypss import collector
 from lonelypss.store.base import Kind, Subscription
 
 Row: TypeAlias = tuple[int, bytes | None, str | None, str | None]
@@ -56,6 +56,7 @@ class GlobSet:
         self._read = read
         self._globs = _Globs()
         self._refresh: asyncio.Task[None] | None = None
+        self._emptying: asyncio.Task[None] | None = None
 
     @property
     def version(self) -> int:
@@ -95,13 +96,12 @@ class GlobSet:
                 await asyncio.sleep(0)
             if change.more is None:
                 break
-            if gc.get_freeze_count():
-                # This process has put what stays out of the collector's sight, as serve does, so
-                # that it has no long pauses. These globs would be enough for some.
-                gc.freeze()
+            collector.keep()
             change = await self._read(-1, change.more)
         globs.version = first.version
-        self._globs = globs
+        before, self._globs = self._globs, globs
+        if before is not globs:
+            self._emptying = asyncio.create_task(before.empty())
 
     def apply(self, change: GlobChange) -> None:
         """Applies few changes at once."""
@@ -112,6 +112,9 @@ class GlobSet:
         """Waits for what is under way."""
         if self._refresh is not None:
             await asyncio.wait([self._refresh])
+        if self._emptying is not None:
+            self._emptying.cancel()
+            await asyncio.wait([self._emptying])
 
 
 class _Globs:
@@ -130,6 +133,13 @@ class _Globs:
             Subscription(id, Kind.GLOB, pattern, url, recovery)
             for id, pattern, url, recovery in rows
         ]
+
+    async def empty(self) -> None:
+        """Goes away piece by piece: to let go of a million objects at once takes long, too."""
+        ids = list(self._by_id)
+        for start in range(0, len(ids), SLICE):
+            self.update((id, None, None, None) for id in ids[start : start + SLICE])
+            await asyncio.sleep(0)
 
     def update(self, rows: Iterable[Row]) -> None:
         by_id, index, shared = self._by_id, self._index, self._urls.setdefault
