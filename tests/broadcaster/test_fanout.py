@@ -441,7 +441,7 @@ def gated() -> tuple[Gate, Subscriber]:
     return gate, gate.subscriber
 
 
-@pytest.mark.parametrize("journal_after", [0.0, 0.05])
+@pytest.mark.parametrize("journal_after", [0.0, 0.5])
 @pytest.mark.parametrize("ending", ["success", "failure", "unsubscribed"])
 async def test_journal(journal_after: float, ending: str) -> None:
     """Rows exist while a subscriber hangs; they stay only where it failed."""

@@ -645,7 +645,7 @@ async def test_the_heart_beats_and_outlives_faults(
     monkeypatch.setattr(module, "_RETRY_PAUSE", 0.01)
     outcomes: list[Exception | None] = [StoreUnavailable("locked"), None, ZeroDivisionError(), None]
     judged: list[bool] = []
-    async with one(path, peer_lease=1, real_time=True) as a:
+    async with one(path, peer_lease=3, real_time=True) as a:
         real = a.peers.renew
 
         async def renew(judges: bool) -> bool:
