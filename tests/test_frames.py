@@ -151,6 +151,13 @@ def test_the_same_as_the_library_alone(
     assert found.outcome == by_library(data).outcome
 
 
+@pytest.mark.parametrize("head", [b"\x82\x01", b"\x82\x00", b"\x82\x7e\x01\x00"])
+def test_what_is_not_masked_is_refused_before_it_is_whole(head: bytes) -> None:
+    found = by_cutter([REQUEST + head])
+    assert found.outcome == by_library(REQUEST + head).outcome
+    assert "incorrect masking" in found.outcome
+
+
 def test_byte_by_byte() -> None:
     data = REQUEST + frame(b"one") + frame(b"", Opcode.PING) + frame(bytes(200)) + frame(b"two")
     found = by_cutter(data[n : n + 1] for n in range(len(data)))

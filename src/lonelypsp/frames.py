@@ -143,8 +143,15 @@ class Cutter:
             return 0
         if head > 2:
             length = int.from_bytes(data[at + 2 : at + head], "big")
-        size = head + (_KEY if data[at + 1] & _MASKED else 0) + length
-        may_be_ordinary = self._open and not self._fragments and data[at] == _BINARY
+        is_masked = bool(data[at + 1] & _MASKED)
+        size = head + (_KEY if is_masked else 0) + length
+        may_be_ordinary = (
+            self._open
+            and not self._fragments
+            and data[at] == _BINARY
+            and is_masked == (self._mask is not None)
+            and length <= self._most
+        )
         return 0 if may_be_ordinary and there < size <= _HELD else size
 
     def _note(self, first: int) -> None:

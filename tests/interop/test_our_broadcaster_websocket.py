@@ -118,6 +118,7 @@ async def test_one_copy_each_and_all_are_counted(tmp_path: Path) -> None:
             assert client.untaken_messages() == 0
 
 
+@pytest.mark.timeout(400)  # 16,384 messages
 async def test_through_trained_dictionaries(tmp_path: Path) -> None:
     """16,384 messages from ours to theirs; on the way two dictionaries are trained, sent and taken
     into use."""
