@@ -75,7 +75,7 @@ def test_directory_that_is_missing(tmp_path: Path) -> None:
         Spool(LIMIT + 1, memory_limit=LIMIT, directory=str(tmp_path / "missing"))
 
 
-@pytest.mark.parametrize("memory_limit", [0, 10**6])
+@pytest.mark.parametrize("memory_limit", [-1, 10**6])
 @pytest.mark.parametrize(
     "sizes", [[], [0], [5, 0, 7], [1] * 64, [1] * 65, [3] * 3000, [200_000] * 3]
 )

@@ -409,4 +409,5 @@ async def _to_disk(spool: Spool, first: bytes, chunks: AsyncIterator[bytes]) -> 
         if size >= _DISK_PIECE or len(gathered) == _DISK_CHUNKS:
             await asyncio.to_thread(spool.write, *gathered)
             gathered, size = [], 0
-    await asyncio.to_thread(spool.write, *gathered)
+    if gathered:
+        await asyncio.to_thread(spool.write, *gathered)

@@ -174,7 +174,7 @@ def _write_out(file: BinaryIO, chunks: Sequence[bytes | memoryview]) -> None:
         written = os.writev(file.fileno(), chunks)
         if written == sum(map(len, chunks)):
             return
-    rest = memoryview(b"".join(chunks) if len(chunks) > 1 else chunks[0])[written:]
+    rest = memoryview(chunks[0] if len(chunks) == 1 else b"".join(chunks))[written:]
     while rest:
         rest = rest[file.write(rest) :]
 

@@ -59,9 +59,9 @@ async def send_file(transport: asyncio.Transport, body: Body, progress: Callable
                 await _writable(loop, fd)
             else:
                 sent += number
+                progress()
                 if sent == body.length or not number:
                     return sent
-                progress()
             work = loop.run_in_executor(None, held.send_at, fd, sent, _PIECE)
     except OSError as e:
         if e.errno in _CANNOT:

@@ -196,6 +196,26 @@ async def test_large_bodies_go_to_disk_and_are_shared(tmp_path: Path) -> None:
                 second.data.read()
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 999, 1000, 1001, 6300, 6400, 100_000])
+async def test_bodies_arrive_whole_whatever_is_gathered(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some end where what was gathered has just been written."""
+    data = bytes(n % 251 for n in range(length))
+    for piece, chunk in ((1000, 1), (1000, 100), (1000, 1000), (10**6, 100)):
+        monkeypatch.setattr(endpoints, "_DISK_PIECE", piece)
+
+        async def chunks(size: int = chunk) -> AsyncIterator[bytes]:
+            for at in range(size, length, size):
+                yield data[at : at + size]
+
+        with Spool(length, memory_limit=-1) as spool:
+            await endpoints._to_disk(spool, data[:chunk], chunks())
+            body = spool.finish(hashlib.sha512(data).digest())
+        assert body.read_at(0, length) == data
+        body.close()
+
+
 async def test_full_disk_is_507(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
