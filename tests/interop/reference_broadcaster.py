@@ -55,8 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     for direction in ("to-broadcaster", "to-subscriber"):
         parser.add_argument(f"--{direction}", choices=("none", "token", "hmac"))
         parser.add_argument(f"--{direction}-secret")
-    parser.add_argument("--timeout-total", type=float, default=30)
-    parser.add_argument("--timeout-sock-read", type=float, default=5)
+    parser.add_argument("--timeout-total", type=float, default=90)
+    parser.add_argument("--timeout-sock-read", type=float, default=60)
     parser.add_argument("--timeout-sock-connect", type=float, default=5)
     parser.add_argument("--sweep-missed-interval", type=float, default=10)
     parser.add_argument("--missed-max-retries", type=int, default=20)
