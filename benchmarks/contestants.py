@@ -7,9 +7,11 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import environments
 import httpx
@@ -23,6 +25,10 @@ from lonelypsp.wire import encode
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 CROWD = 1000
+DEAD = (4, 3, 3)
+"""Hosts among them that refuse connections, that never answer, and that cannot be reached."""
+MOST_LEARNING = 10
+"""Messages after which dead hosts that still delay are taken for what they are."""
 FANS = ("fan1", "fan10", "fan100", "fan")
 OLDER_HMAC = ("older, hmac", "older, hmac, no uvloop")
 OLDER_NONE = ("older, none", "older, none, no uvloop")
@@ -42,10 +48,20 @@ class Workload:
     count: int
     seconds: float
 
+    @property
+    def unit(self) -> str:
+        if self.key == "subscribe":
+            return "request"
+        return "message" if self.subscribers == 1 else "delivery"
+
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial gave. Times in seconds, `cpu` in seconds of processor time by role."""
+    """What one trial gave. Times in seconds, `cpu` in seconds of processor time by role.
+
+    Attributes:
+        plain: with dead hosts, the rate of the same fan-out without them, right before and after.
+    """
 
     messages: int
     deliveries: int
@@ -56,6 +72,7 @@ class Trial:
     p50: float
     p99: float
     cpu: dict[str, float]
+    plain: float | None = None
 
     @property
     def rate(self) -> float:
@@ -103,8 +120,7 @@ class Contestant(ABC):
         receiver = seats.one if work.topic == "one" else seats.crowd
         assert receiver is not None
         counts = self.crowd_counts or work.subscribers == 1
-        children = {"publisher": seats.publisher, "server": seats.server, "subscriber": receiver}
-        before = {role: child.cpu_seconds() for role, child in children.items()}
+        usage = Usage(publisher=seats.publisher, server=seats.server, subscriber=receiver)
         earlier = await self._received(receiver, 0, 0) if counts else (0, 0.0)
 
         answer = await seats.publisher.command(
@@ -126,30 +142,50 @@ class Contestant(ABC):
             ended = max(ended, last)
         else:
             deliveries = answer["confirmed"]
-        after = {role: child.cpu_seconds() for role, child in children.items()}
-        return Trial(
-            messages=answer["messages"],
-            deliveries=deliveries,
-            expected=expected,
-            failures=answer["failures"],
-            first_failure=answer["first failure"],
-            seconds=ended - answer["started"],
-            p50=answer["p50"],
-            p99=answer["p99"],
-            cpu={
-                role: round(now - then, 2)
-                for role in children
-                if (now := after[role]) is not None and (then := before[role]) is not None
-            },
-        )
+        return _trial(answer, deliveries, expected, ended, usage)
 
     async def _received(self, child: Child, count: int, seconds: float) -> tuple[int, float]:
         answer = await child.command("received", count=count, seconds=seconds, timeout=seconds + 5)
         return answer["received"], answer["last"]
 
 
+class Usage:
+    """Processor time of some processes from now on, by role."""
+
+    def __init__(self, **children: Child) -> None:
+        self._children = children
+        self._before = {role: child.cpu_seconds() for role, child in children.items()}
+
+    def seconds(self) -> dict[str, float]:
+        return {
+            role: round(now - then, 2)
+            for role, child in self._children.items()
+            if (now := child.cpu_seconds()) is not None and (then := self._before[role]) is not None
+        }
+
+
+def _trial(
+    answer: dict[str, Any], deliveries: int, expected: int, ended: float, usage: Usage
+) -> Trial:
+    return Trial(
+        messages=answer["messages"],
+        deliveries=deliveries,
+        expected=expected,
+        failures=answer["failures"],
+        first_failure=answer["first failure"],
+        seconds=ended - answer["started"],
+        p50=answer["p50"],
+        p99=answer["p99"],
+        cpu=usage.seconds(),
+    )
+
+
 class Lonelyps(Contestant):
-    """Ours or the older implementation: a broadcaster, a publisher, a subscriber, a sink."""
+    """Ours or the older implementation: a broadcaster, a publisher, a subscriber, a sink.
+
+    Attributes:
+        learning: seconds that each message took until dead hosts delayed no more.
+    """
 
     crowd_counts = False
     _scheme = "http"
@@ -157,7 +193,10 @@ class Lonelyps(Contestant):
     def __init__(self, name: str, implementation: str, auth: str, *, plain: bool = False) -> None:
         self.name = name
         self.bases = OLDER_HMAC if auth == "hmac" else OLDER_NONE
-        self.workloads = ("one", "many", "fan")
+        self.workloads = ("one", "many", "fan", "subscribe")
+        if implementation == "ours":
+            self.workloads += ("dead",)
+        self.learning: list[float] = []
         self._implementation = implementation
         self._auth = auth
         self._plain = plain
@@ -190,7 +229,40 @@ class Lonelyps(Contestant):
     async def _start_crowd(
         self, directory: Path, server: Child, secrets: Path, stack: AsyncExitStack
     ) -> Child:
-        return await start_sink(directory, server, secrets, stack)
+        sink = await start_sink(directory, server, secrets, stack)
+        if "dead" in self.workloads:
+            dead = await start_dead(directory, stack)
+            alive = [(f"http://127.0.0.1:{sink.port}/{n}", None) for n in range(CROWD - len(dead))]
+            # their owners would be told that they missed something
+            gone = [(f"http://127.0.0.1:{port}/", f"http://127.0.0.1:{port}/r") for port in dead]
+            await subscribe(server, secrets, b"dead", [*alive, *gone])
+        return sink
+
+    async def trial(self, work: Workload, *, count: int, seconds: float) -> Trial:
+        if work.key == "subscribe":
+            return await self._subscriptions(work, count, seconds)
+        if work.key != "dead":
+            return await super().trial(work, count=count, seconds=seconds)
+        while not self.learning or (self.learning[-1] > 1 and len(self.learning) < MOST_LEARNING):
+            self.learning.append((await super().trial(work, count=1, seconds=1)).seconds)
+        plain = replace(work, topic="fan", subscribers=CROWD)
+        before = await super().trial(plain, count=count, seconds=seconds / 2)
+        trial = await super().trial(work, count=count, seconds=seconds)
+        after = await super().trial(plain, count=count, seconds=seconds / 2)
+        deliveries = before.deliveries + after.deliveries
+        return replace(trial, plain=deliveries / (before.seconds + after.seconds))
+
+    async def _subscriptions(self, work: Workload, count: int, seconds: float) -> Trial:
+        usage = Usage(client=self._seats.one, server=self._seats.server)
+        answer = await self._seats.one.command(
+            "subscriptions",
+            topic=work.topic,
+            in_flight=work.in_flight,
+            count=count,
+            seconds=seconds,
+            timeout=seconds + PATIENCE,
+        )
+        return _trial(answer, answer["confirmed"], answer["messages"], answer["ended"], usage)
 
 
 class LonelypsWebsocket(Lonelyps):
@@ -258,19 +330,37 @@ async def start_client(
 
 
 async def start_sink(directory: Path, server: Child, secrets: Path, stack: AsyncExitStack) -> Child:
-    """A thousand urls on the topic "fan", subscribed as their owner would do it."""
-    auth = secretsfile.load(secrets.read_text(), ReplayGuard())
+    """A thousand urls on the topic "fan"."""
     entry = json.loads(secrets.read_text()).get("to-broadcaster")
     key = [secretsfile.decode_key(entry["secret"]).hex()] if entry else []
     sink = await Child.start(
         "sink", directory, [sys.executable, str(HERE / "sink.py"), "0", *key], commanded=False
     )
     stack.push_async_callback(sink.stop)
+    urls = [(f"http://127.0.0.1:{sink.port}/{number}", None) for number in range(CROWD)]
+    await subscribe(server, secrets, b"fan", urls)
+    return sink
+
+
+async def start_dead(directory: Path, stack: AsyncExitStack) -> list[int]:
+    """Ports of ten hosts that are dead, each in one of three ways."""
+    dead = await Child.start(
+        "dead", directory, [sys.executable, PEERS / "dead.py", *map(str, DEAD)]
+    )
+    stack.push_async_callback(dead.stop)
+    ports: list[int] = (await dead.command("ports", timeout=5))["ports"]
+    return ports
+
+
+async def subscribe(
+    server: Child, secrets: Path, topic: bytes, urls: Sequence[tuple[str, str | None]]
+) -> None:
+    """Subscribes pairs of url and recovery url as their owner would do it."""
+    auth = secretsfile.load(secrets.read_text(), ReplayGuard())
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
-        for number in range(CROWD):
-            url = f"http://127.0.0.1:{sink.port}/{number}"
-            body = SubscribeExact(url=url, topic=b"fan", recovery=None)
-            fields = {"url": url, "topic": b"fan", "recovery": None, "tracing": b""}
+        for url, recovery in urls:
+            body = SubscribeExact(url=url, topic=topic, recovery=recovery)
+            fields = {"url": url, "topic": topic, "recovery": recovery, "tracing": b""}
             value = auth.to_broadcaster.authorize("SUBSCRIBE_EXACT", fields, time.time())
             response = await client.post(
                 "/v1/subscribe/exact",
@@ -278,7 +368,6 @@ async def start_sink(directory: Path, server: Child, secrets: Path, stack: Async
                 headers={"Authorization": value} if value else {},
             )
             response.raise_for_status()
-    return sink
 
 
 class Broker(Contestant):

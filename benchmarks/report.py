@@ -19,6 +19,7 @@ import environments
 from contestants import Contestant, Trial, Workload
 
 HERE = Path(__file__).resolve().parent
+COMPARED = {"times older": "× older", "times redis": "× Redis", "times nats": "× NATS"}
 REDIS, NATS = "Redis, subscriber replies", "NATS, request"
 
 Trials = Mapping[str, Mapping[str, Sequence[Trial]]]
@@ -94,6 +95,7 @@ def _row(row: Contestant, trials: Mapping[str, Sequence[Trial]]) -> dict[str, An
     own = trials[row.name]
     rates = [trial.rate for trial in own]
     deliveries = sum(trial.deliveries for trial in own)
+    of_plain = [trial.rate / trial.plain for trial in own if trial.plain]
     roles = own[0].cpu
     return {
         "name": row.name,
@@ -109,6 +111,8 @@ def _row(row: Contestant, trials: Mapping[str, Sequence[Trial]]) -> dict[str, An
         "times older": _ratio(own, trials, row.bases),
         "times redis": _ratio(own, trials, (REDIS,)),
         "times nats": _ratio(own, trials, (NATS,)),
+        "times plain": median(of_plain) if of_plain else None,
+        "learning": getattr(row, "learning", None),
         "trials": [asdict(trial) for trial in own],
     }
 
@@ -128,14 +132,16 @@ def tables(workloads: Sequence[Workload], rows: Mapping[str, Sequence[Mapping[st
 
 
 def _table(work: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
-    unit = "messages/s" if work.subscribers == 1 else "deliveries/s"
-    each = unit.removesuffix("s/s").replace("deliverie", "delivery")
+    compared = COMPARED
+    if all(row["times plain"] is not None for row in rows):
+        compared = {"times plain": "× none dead"}
+    units = "deliveries" if work.unit == "delivery" else f"{work.unit}s"
     lines = [
         f"**{work.title}**",
         "",
-        f"| | {unit} | min to max | × older | × Redis | × NATS | p50 ms | p99 ms"
-        f" | CPU µs per {each}: publisher + server + subscriber |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| | {units}/s | min to max | {' | '.join(compared.values())}"
+        f" | p50 ms | p99 ms | CPU µs per {work.unit}: {' + '.join(rows[0]['cpu'])} |",
+        f"|---|{'--:|' * (5 + len(compared))}",
     ]
     for row in rows:
         name = row["name"]
@@ -147,12 +153,16 @@ def _table(work: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
             name,
             f"{row['rate']:,.0f}",
             f"{row['least']:,.0f} to {row['most']:,.0f}",
-            *(_times(row[key]) for key in ("times older", "times redis", "times nats")),
+            *(_times(row[key]) for key in compared),
             f"{row['p50'] * 1000:,.2f}",
             f"{row['p99'] * 1000:,.2f}",
             " + ".join(f"{seconds * 1e6:,.0f}" for seconds in row["cpu"].values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in rows:
+        if row["learning"] and "times plain" in compared:
+            times = ", ".join(f"{seconds:.2f}" for seconds in row["learning"])
+            lines += ["", f"{row['name']}: the first messages took {times} s."]
     return "\n".join([*lines, ""])
 
 

@@ -17,15 +17,21 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import report
-from contestants import CROWD, Contestant, Trial, Workload, contestants
+from contestants import CROWD, DEAD, Contestant, Trial, Workload, contestants
 from environments import UnavailableError
 from processes import ChildError
 
 _ONE = Workload("one", "Notify one at a time", "one", 1, 1, 20_000, 3.0)
 _MANY = Workload("many", "Notify with 32 in flight", "one", 32, 1, 60_000, 3.0)
 _FAN = Workload("fan", "One message at a time to 1,000 subscribers", "fan", 1, CROWD, 500, 3.0)
+_SUBSCRIBE = Workload(
+    "subscribe", "Subscribe, then unsubscribe, with 32 in flight", "subscribe", 32, 1, 60_000, 2.0
+)
+_DEAD = Workload(
+    "dead", "The same with 10 dead hosts among them", "dead", 1, CROWD - sum(DEAD), 500, 3.0
+)
 SUITES = {
-    "http": (_ONE, _MANY, _FAN),
+    "http": (_ONE, _MANY, _SUBSCRIBE, _FAN, _DEAD),
     "websocket": (
         _ONE,
         _MANY,
@@ -102,7 +108,7 @@ async def measure(
                 seconds = QUICK_SECONDS if quick else work.seconds
                 seconds = WARM_UP_SECONDS if number == 0 else seconds
                 trial = await row.trial(work, count=work.count, seconds=seconds)
-                say(f"round {number}/{rounds} {work.key:4} {row.name:28} {trial.rate:10,.0f}/s")
+                say(f"round {number}/{rounds} {work.key:9} {row.name:28} {trial.rate:10,.0f}/s")
                 if number:
                     trials[work.key][row.name].append(trial)
     return trials

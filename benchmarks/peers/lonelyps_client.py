@@ -4,7 +4,8 @@
 
 BROADCASTER is http://... or ws://..., which decides over the transport.
 
-Commands of a publisher: `load`, `send_file`; of a subscriber: `subscribe`, `received`, `digest`.
+Commands of a publisher: `load`, `send_file`; of a subscriber: `subscribe`, `received`, `digest`,
+`subscriptions`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,7 @@ class Subscriber:
             "subscribe": self.subscribe,
             "received": self._received.wait,
             "digest": self.digest,
+            "subscriptions": self.subscriptions,
         }
 
     async def subscribe(self, topic: str) -> dict[str, Any]:
@@ -200,6 +203,29 @@ class Subscriber:
                 message.data.read()
                 self._received.add()
 
+    async def subscriptions(
+        self, topic: str, in_flight: int, count: int, seconds: float
+    ) -> dict[str, Any]:
+        """Subscribes to topics that begin with `topic`, half of `count` or for half of `seconds`,
+        then unsubscribes from all of them: one request each, signed, its answer verified."""
+        subscribe, unsubscribe = requests(self._client)
+        numbers, done = itertools.count(), list[bytes]()
+
+        async def add() -> int:
+            name = f"{topic}/{next(numbers)}".encode()
+            await subscribe(name)
+            done.append(name)
+            return 1
+
+        async def remove() -> int:
+            await unsubscribe(done.pop())
+            return 1
+
+        load = roles.Load(in_flight)
+        await load.run(add, count // 2, seconds / 2)
+        await load.run(remove, len(done))
+        return load.result()
+
     async def digest(self, topic: str) -> dict[str, Any]:
         """Waits for one message, and hashes it piece by piece as a program would that has to read a
         message larger than its memory."""
@@ -215,6 +241,26 @@ class Subscriber:
                 "arrived": arrived,
                 "read": time.monotonic(),
             }
+
+
+OneTopic = Callable[[bytes], Awaitable[None]]
+
+
+def requests(client: Any) -> tuple[OneTopic, OneTopic]:
+    """How a client sends one request to subscribe, or unsubscribe. Both clients keep a set of what
+    they want above that, and ours a lock: it would send the requests of 32 tasks one by one."""
+    if connector := getattr(client, "connector", None):
+        return (
+            lambda topic: connector.subscribe_exact(topic=topic),
+            lambda topic: connector.unsubscribe_exact(topic=topic),
+        )
+    from lonelypsp.interests import Topics
+
+    transport = client._transport
+    return (
+        lambda topic: transport._subscribe(Topics.of((topic,))),
+        lambda topic: transport._unsubscribe(Topics.of((topic,))),
+    )
 
 
 def hash_pieces(file: Any) -> str:

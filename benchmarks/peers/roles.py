@@ -43,46 +43,65 @@ async def serve(port: int, handlers: Mapping[str, Handler]) -> None:
         print(json.dumps(answer), flush=True)
 
 
+class Load:
+    """Awaits something again and again in `in_flight` tasks, and keeps how it went.
+
+    What is awaited returns how many got the message. If it fails, that is counted, and the next one
+    sent.
+    """
+
+    def __init__(self, in_flight: int) -> None:
+        self._in_flight = in_flight
+        self._latencies: list[float] = []
+        self._failures: list[str] = []
+        self._confirmed = 0
+        self._started = time.monotonic()
+
+    async def run(
+        self, send: Callable[[], Awaitable[int]], count: int, seconds: float = float("inf")
+    ) -> None:
+        """No task starts another message after `count` of them, or after `seconds`."""
+        left = count
+        deadline = time.monotonic() + seconds
+
+        async def worker() -> None:
+            nonlocal left
+            while left > 0 and (begun := time.monotonic()) < deadline:
+                left -= 1
+                try:
+                    confirmed = await send()
+                except Exception as e:
+                    self._failures.append(repr(e))
+                else:
+                    self._confirmed += confirmed
+                self._latencies.append(time.monotonic() - begun)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._in_flight):
+                group.create_task(worker())
+
+    def result(self) -> dict[str, Any]:
+        ended = time.monotonic()
+        latencies, failures = sorted(self._latencies), self._failures
+        return {
+            "messages": len(latencies),
+            "confirmed": self._confirmed,
+            "failures": len(failures),
+            "first failure": failures[0] if failures else None,
+            "started": self._started,  # CLOCK_MONOTONIC: the same clock in all processes
+            "ended": ended,
+            "p50": latencies[len(latencies) // 2],
+            "p99": latencies[len(latencies) * 99 // 100],
+        }
+
+
 async def load(
     send: Callable[[], Awaitable[int]], *, in_flight: int, count: int, seconds: float
 ) -> dict[str, Any]:
-    """Awaits `send()`, which returns how many got the message, in `in_flight` tasks.
-
-    No task starts another message after `count` of them, or after `seconds`. One that fails is
-    counted, and the next one sent.
-    """
-    latencies: list[float] = []
-    failures: list[str] = []
-    confirmed = 0
-    left = count
-
-    async def worker() -> None:
-        nonlocal left, confirmed
-        while left > 0 and (begun := time.monotonic()) < deadline:
-            left -= 1
-            try:
-                confirmed += await send()
-            except Exception as e:
-                failures.append(repr(e))
-            latencies.append(time.monotonic() - begun)
-
-    started = time.monotonic()
-    deadline = started + seconds
-    async with asyncio.TaskGroup() as group:
-        for _ in range(in_flight):
-            group.create_task(worker())
-    ended = time.monotonic()
-    latencies.sort()
-    return {
-        "messages": len(latencies),
-        "confirmed": confirmed,
-        "failures": len(failures),
-        "first failure": failures[0] if failures else None,
-        "started": started,  # CLOCK_MONOTONIC: the same clock in every process of the machine
-        "ended": ended,
-        "p50": latencies[len(latencies) // 2],
-        "p99": latencies[len(latencies) * 99 // 100],
-    }
+    """See `Load`."""
+    run = Load(in_flight)
+    await run.run(send, count, seconds)
+    return run.result()
 
 
 class Received:
