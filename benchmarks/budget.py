@@ -44,7 +44,7 @@ from lonelypsp.bodies import (
     smallest_trace,
 )
 from lonelypsp.guard import HttpLimits, guarded
-from lonelypsp.replay import ReplayGuard, SqliteReplayGuard
+from lonelypsp.replay import FileReplayGuard, ReplayGuard
 from lonelypsp.shortcut import with_shortcut
 from lonelypsp.signing import AuthConfig, Hmac
 from lonelypsp.wire import HeadParser, decode, encode
@@ -219,7 +219,7 @@ async def broadcaster(rounds: int, directory: Path) -> float:
     loop = asyncio.get_running_loop()
     config = BroadcasterConfig(
         db=f"sqlite:///{directory / 'subscriptions.db'}",
-        auth=keys(SqliteReplayGuard(str(directory / "replay"))),
+        auth=keys(FileReplayGuard(str(directory / "replay"))),
     )
     app = create_app(config)
     async with app.broadcaster as running:
@@ -306,7 +306,7 @@ def steps(rounds: int, directory: Path) -> dict[str, float]:
     fields = {"topic": TOPIC, "identifier": b"12345678", "sha512": SHA512, "tracing": b""}
     fields |= {"url": URL, "num_subscribers": 1, "subscribers": 1}
     value = PEER.to_subscriber.authorize("CONFIRM_NOTIFY", fields, now)
-    memory, guard = ReplayGuard(), SqliteReplayGuard(str(directory / "steps"))
+    memory, guard = ReplayGuard(), FileReplayGuard(str(directory / "steps"))
     database = sqlite3.connect(directory / "versions", isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
     reply = encode(ResponseNotify(value, b"", 1, b"12345678"))

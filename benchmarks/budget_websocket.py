@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from lonelypsc.config.ws_config import make_websocket_pub_sub_config
 from lonelypsc.ws_connection import Socket
 from lonelypsp import session as s
 from lonelypsp.frames import Cutter, framed
-from lonelypsp.replay import SqliteReplayGuard
+from lonelypsp.replay import FileReplayGuard
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import create_app
 from lonelypss.config import BroadcasterConfig
@@ -80,8 +79,7 @@ class Wire(Transport):
 def auth(kind: str, replay: Any = None) -> AuthConfig:
     if kind == "none":
         return AuthConfig(Nothing(), Nothing())
-    found = keys(replay)
-    return found if replay is None else replace(found, together=replay)
+    return keys(replay)
 
 
 class Frames:
@@ -173,7 +171,7 @@ def client_frames(*messages: bytes) -> bytes:
 async def broadcaster(kind: str, subscribers: int, burst: int, rounds: int) -> Least:
     spent = Spent()
     with tempfile.TemporaryDirectory() as directory:
-        replay = SqliteReplayGuard(str(Path(directory) / "replay"))
+        replay = FileReplayGuard(str(Path(directory) / "replay"))
         app = create_app(
             BroadcasterConfig(db=f"sqlite:///{directory}/database", auth=auth(kind, replay))
         )

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sqlite3
+import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from lonelypsp.errors import AuthResult
 from lonelypsp.replay import (
     NOT_SHARED,
     Code,
+    FileReplayGuard,
     ReplayGuard,
     SharedReplayGuard,
-    SqliteReplayGuard,
     Verdict,
 )
 from lonelypsp.signing import TOKEN_LIFETIME, Hmac
@@ -31,28 +32,28 @@ OPERATION = "CHECK_SUBSCRIPTIONS"
 
 NEW, USED, UNKNOWN = Verdict
 
-Guard = ReplayGuard | SqliteReplayGuard
+Guard = ReplayGuard | FileReplayGuard
 MakeGuard = Callable[..., Guard]
 
 
 @pytest.fixture
-def sqlite_guard(tmp_path: Path) -> Iterator[Callable[..., SqliteReplayGuard]]:
+def file_guard(tmp_path: Path) -> Iterator[Callable[..., FileReplayGuard]]:
     """Opens guards, all on one file."""
     with contextlib.ExitStack() as stack:
 
-        def make(**options: Any) -> SqliteReplayGuard:
-            guard = SqliteReplayGuard(str(tmp_path / "replay.db"), **options)
+        def make(**options: Any) -> FileReplayGuard:
+            guard = FileReplayGuard(str(tmp_path / "replay"), **options)
             stack.callback(guard.close)
             return guard
 
         yield make
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "file"])
 def make_guard(
-    request: pytest.FixtureRequest, sqlite_guard: Callable[..., SqliteReplayGuard]
+    request: pytest.FixtureRequest, file_guard: Callable[..., FileReplayGuard]
 ) -> MakeGuard:
-    return ReplayGuard if request.param == "memory" else sqlite_guard
+    return ReplayGuard if request.param == "memory" else file_guard
 
 
 def code(i: int) -> bytes:
@@ -153,16 +154,38 @@ def test_a_clock_ahead_does_not_keep_others_long() -> None:
         assert len(guard) <= 2 * T + 2
 
 
-def test_file_follows_the_rate_not_the_run_time(
-    sqlite_guard: Callable[..., SqliteReplayGuard], tmp_path: Path
+def test_files_follow_the_rate_not_the_run_time(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path
 ) -> None:
-    guard = sqlite_guard()
+    guard = file_guard()
     for second in range(1000):
         now = START + second
         assert guard.mark(code(second), now, now + T, now) is NEW
-    with contextlib.closing(sqlite3.connect(tmp_path / "replay.db")) as db:
-        (rows,) = db.execute("SELECT count(*) FROM used").fetchone()
-    assert rows <= T + 1 + 11  # swept every 10 s
+    files = list((tmp_path / "replay").iterdir())
+    assert len(files) <= T + 60 + 6, "kept a minute longer, and looked at every 5 s"
+    assert {file.stat().st_size for file in files} == {33}
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_what_others_put_there_stays(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path
+) -> None:
+    guard = file_guard()
+    (tmp_path / "replay" / "notes").touch()
+    assert guard.mark(code(1), START, START + T, START) is NEW
+    assert guard.mark(code(2), START + 500, START + 500 + T, START + 500) is NEW
+    assert {f.name for f in (tmp_path / "replay").iterdir()} == {"notes", str(START + 500)}
+
+
+def test_few_files_are_open(file_guard: Callable[..., FileReplayGuard]) -> None:
+    guard = file_guard()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for second in range(T):
+            guard.mark(code(second), START + second, START + second + T, START)
+    assert len(os.listdir("/proc/self/fd")) <= before + 32
+    guard.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # restart
@@ -207,7 +230,7 @@ def test_memory_restarted_accepts_no_used_value(age: int) -> None:
     ],
 )
 def test_memory_restarted_is_not_enough(stamp: int, started: float) -> None:
-    """What `SqliteReplayGuard` is for: T12 holds for it without exception, see below."""
+    """What `FileReplayGuard` is for: T12 holds for it without exception, see below."""
     before = Hmac(KEY, replay=ReplayGuard())
     value = before.authorize(OPERATION, FIELDS, START + stamp)
     assert before.check(OPERATION, FIELDS, value, START) is AuthResult.OK
@@ -217,13 +240,13 @@ def test_memory_restarted_is_not_enough(stamp: int, started: float) -> None:
 
 
 @pytest.mark.parametrize("stamp", [0, 119], ids=["stamped now", "stamped ahead"])
-def test_file_survives_restarts(sqlite_guard: Callable[..., SqliteReplayGuard], stamp: int) -> None:
+def test_file_survives_restarts(file_guard: Callable[..., FileReplayGuard], stamp: int) -> None:
     """T12: a restart every 10 s, one acceptance."""
     value = Hmac(KEY).authorize(OPERATION, FIELDS, START + stamp)
     accepted = 0
     for second in range(-T, 3 * T):
         if second % 10 == 0:
-            guard = sqlite_guard()
+            guard = file_guard()
             auth = Hmac(KEY, replay=guard)
         accepted += auth.check(OPERATION, FIELDS, value, START + second) is AuthResult.OK
         if second % 10 == 9:
@@ -234,8 +257,8 @@ def test_file_survives_restarts(sqlite_guard: Callable[..., SqliteReplayGuard], 
 # several on one file
 
 
-def test_two_guards_share_a_file(sqlite_guard: Callable[..., SqliteReplayGuard]) -> None:
-    guards = [sqlite_guard(), sqlite_guard()]
+def test_two_guards_share_a_file(file_guard: Callable[..., FileReplayGuard]) -> None:
+    guards = [file_guard(), file_guard()]
     for i in range(20):
         assert guards[i % 2].mark(code(i), START, START + T, START) is NEW
     for i in range(20):
@@ -243,8 +266,8 @@ def test_two_guards_share_a_file(sqlite_guard: Callable[..., SqliteReplayGuard])
             assert guard.mark(code(i), START, START + T, START) is USED
 
 
-def test_two_guards_share_the_bound(sqlite_guard: Callable[..., SqliteReplayGuard]) -> None:
-    one, other = sqlite_guard(max_codes=5), sqlite_guard(max_codes=5)
+def test_two_guards_share_the_bound(file_guard: Callable[..., FileReplayGuard]) -> None:
+    one, other = file_guard(max_codes=5), file_guard(max_codes=5)
     assert other.mark(code(99), START, START + T, START) is NEW
     for i in range(4):
         assert one.mark(code(i), START, START + T, START) is NEW
@@ -255,10 +278,10 @@ def test_two_guards_share_the_bound(sqlite_guard: Callable[..., SqliteReplayGuar
 
 WORKER = """
 import hashlib, sys
-from lonelypsp.replay import SqliteReplayGuard
+from lonelypsp.replay import FileReplayGuard
 print("up", flush=True)
 sys.stdin.readline()
-guard = SqliteReplayGuard(sys.argv[1], busy_timeout=30)
+guard = FileReplayGuard(sys.argv[1])
 for i in range(int(sys.argv[2])):
     code = hashlib.sha512(str(i).encode()).digest()
     print(i, guard.mark(code, 1000, 1120, 1000).value)
@@ -269,7 +292,7 @@ guard.close()
 def test_processes_accept_each_code_once_in_total(tmp_path: Path) -> None:
     """They open the same new file at the same moment, too."""
     codes, workers = 300, 3
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "replay.db"), str(codes)]
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "replay"), str(codes)]
     verdicts: Counter[tuple[str, str]] = Counter()
     with contextlib.ExitStack() as stack:
         running = [
@@ -294,93 +317,136 @@ def test_processes_accept_each_code_once_in_total(tmp_path: Path) -> None:
     assert verdicts == expected
 
 
-# out of reach
+# lines that are appended at the same time
 
 
-def test_a_locked_file_is_unknown_and_fine_afterwards(
-    sqlite_guard: Callable[..., SqliteReplayGuard], tmp_path: Path
+def lines_of(*numbers: int) -> bytes:
+    return b"".join(code(n)[:16].hex().encode() + b"\n" for n in numbers)
+
+
+class Late:
+    """Another process, which writes after a guard has looked and before it writes itself."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.says = b""
+        write = os.write
+
+        def write_late(file: int, data: bytes) -> int:
+            with path.open("ab") as other:
+                other.write(self.says)
+            self.says = b""
+            return write(file, data)
+
+        monkeypatch.setattr("lonelypsp.replay.os.write", write_late)
+
+
+def test_the_first_line_counts(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard = sqlite_guard(busy_timeout=0.01)
-    auth = Hmac(KEY, replay=guard)
-    value = auth.authorize(OPERATION, FIELDS, START)
-    assert guard.mark(code(0), START, START + T, START) is NEW
-    with contextlib.closing(sqlite3.connect(tmp_path / "replay.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        assert guard.mark(code(1), START, START + T, START) is UNKNOWN
-        assert auth.check(OPERATION, FIELDS, value, START) is AuthResult.UNAVAILABLE
-        # also when a sweep is due
-        assert guard.mark(code(1), START + 50, START + 50 + T, START + 50) is UNKNOWN
-        other.execute("ROLLBACK")
-    assert guard.mark(code(0), START, START + T, START) is USED
-    assert guard.mark(code(1), START, START + T, START) is NEW
-    assert auth.check(OPERATION, FIELDS, value, START) is AuthResult.OK
-    assert auth.check(OPERATION, FIELDS, value, START) is AuthResult.FORBIDDEN
+    guard, late = file_guard(), Late(monkeypatch, tmp_path / "replay" / str(START))
+    late.says = lines_of(1)
+    assert marked(guard, 1) == [USED]
+    late.says = lines_of(2, 3)
+    assert marked(guard, 4, 2, 3, 4, 1) == [NEW, USED, USED, USED, USED]
+    assert marked(file_guard(), 1, 2, 3, 4, 5) == [USED, USED, USED, USED, NEW]
 
 
-def test_a_damaged_table_is_unknown(
-    sqlite_guard: Callable[..., SqliteReplayGuard], tmp_path: Path
+@pytest.mark.parametrize("cut", [1, 16, 32])
+def test_a_line_that_is_being_written(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path, cut: int
 ) -> None:
-    guard = sqlite_guard()
-    assert guard.mark(code(0), START, START + T, START) is NEW
-    with contextlib.closing(sqlite3.connect(tmp_path / "replay.db")) as other:
-        other.execute("DROP TABLE used")
-    assert guard.mark(code(0), START, START + T, START) is UNKNOWN
+    """A guard that opens the file meanwhile sees a part of it."""
+    file = tmp_path / "replay" / str(START)
+    guard = file_guard()
+    file.write_bytes(lines_of(0, 1)[: 33 + cut])
+    assert marked(guard, 0) == [USED]
+    file.write_bytes(lines_of(0, 1))
+    assert marked(guard, 2, 1, 0) == [NEW, USED, USED]
 
 
-# several in one go
+@pytest.mark.parametrize("cut", [1, 16, 32])
+def test_a_line_that_was_cut_off(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path, cut: int
+) -> None:
+    """By a full disk. Whoever wrote it has accepted nothing."""
+    guard = file_guard()
+    assert marked(guard, 0) == [NEW]
+    with (tmp_path / "replay" / str(START)).open("ab") as other:
+        other.write(lines_of(1)[:cut])
+    assert marked(file_guard(), 0) == [USED]
+    assert marked(guard, 1, 2, 1) == [NEW, NEW, USED]
+    assert marked(file_guard(), 0, 1, 2, 3) == [USED, USED, USED, NEW]
 
 
-def marked(guard: SqliteReplayGuard, *numbers: int) -> list[Verdict]:
+def marked(guard: FileReplayGuard, *numbers: int) -> list[Verdict]:
     return [guard.mark(code(n), START, START + T, START) for n in numbers]
 
 
-def test_several_in_one_go(sqlite_guard: Callable[..., SqliteReplayGuard]) -> None:
-    guard, other = sqlite_guard(), sqlite_guard()
-    guard.begin()
-    assert marked(guard, 0, 1, 2, 1) == [NEW, NEW, NEW, USED]
-    assert guard.settle() is NEW
-    assert marked(guard, 0, 1, 2) == marked(other, 0, 1, 2) == [USED] * 3
-    guard.begin()
-    assert guard.settle() is NEW, "nothing was marked"
-    assert marked(guard, 3) == [NEW]
+def test_threads_of_one_process(file_guard: Callable[..., FileReplayGuard]) -> None:
+    guard, codes = file_guard(), range(300)
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(lambda n: marked(guard, n % 300)[0], [*codes, *codes]))
+    assert Counter(verdicts) == {NEW: 300, USED: 300}
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "meanwhile"])
-def test_one_that_was_used_spoils_all(
-    sqlite_guard: Callable[..., SqliteReplayGuard], before: bool
+# out of reach
+
+
+def test_a_full_disk_is_unknown_and_fine_afterwards(
+    file_guard: Callable[..., FileReplayGuard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard, other = sqlite_guard(), sqlite_guard()
-    if before:
-        assert marked(guard, 1) == [NEW]
-    guard.begin()
-    assert marked(guard, 0, 1, 2) == [NEW] * 3
-    if not before:
-        assert marked(other, 1) == [NEW]
-    assert guard.settle() is USED
-    assert marked(other, 0, 1, 2) == [NEW, USED, NEW]
-
-
-def test_the_bound_in_one_go(sqlite_guard: Callable[..., SqliteReplayGuard]) -> None:
-    guard = sqlite_guard(max_codes=4)
+    guard, write = file_guard(), os.write
+    auth = Hmac(KEY, replay=guard)
+    value = auth.authorize(OPERATION, FIELDS, START)
     assert marked(guard, 0) == [NEW]
-    guard.begin()
-    assert marked(guard, 1, 2, 3, 4) == [NEW, NEW, NEW, UNKNOWN]
-    assert guard.settle() is NEW
-    assert marked(guard, 5) == [UNKNOWN]
+    for most in (0, 7, 32):
+        with monkeypatch.context() as full:
+            full.setattr("lonelypsp.replay.os.write", lambda file, data: write(file, data[:most]))  # noqa: B023
+            assert marked(guard, 0, 1) == [USED, UNKNOWN]
+            assert auth.check(OPERATION, FIELDS, value, START) is AuthResult.UNAVAILABLE
+    assert marked(guard, 0, 1) == [USED, NEW]
+    assert auth.check(OPERATION, FIELDS, value, START) is AuthResult.OK
+    assert auth.check(OPERATION, FIELDS, value, START) is AuthResult.FORBIDDEN
+    assert marked(file_guard(), 0, 1, 2) == [USED, USED, NEW]
 
 
-def test_a_locked_file_in_one_go(
-    sqlite_guard: Callable[..., SqliteReplayGuard], tmp_path: Path
+def test_a_removed_directory_is_unknown(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path
 ) -> None:
-    guard = sqlite_guard(busy_timeout=0.01)
+    guard = file_guard()
+    (tmp_path / "replay").rmdir()
+    assert marked(guard, 0) == [UNKNOWN]
+    file_guard()
     assert marked(guard, 0) == [NEW]
-    with contextlib.closing(sqlite3.connect(tmp_path / "replay.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        guard.begin()
-        assert marked(guard, 1, 2) == [NEW, NEW]
-        assert guard.settle() is UNKNOWN
-        other.execute("ROLLBACK")
-    assert marked(guard, 0, 1, 2) == [USED, NEW, NEW]
+
+
+def test_a_file_that_was_cut_is_unknown(
+    file_guard: Callable[..., FileReplayGuard], tmp_path: Path
+) -> None:
+    guard = file_guard()
+    assert marked(guard, 0, 1) == [NEW] * 2
+    os.truncate(tmp_path / "replay" / str(START), 0)
+    assert marked(guard, 2) == [NEW], "nothing that it has forgotten"
+    assert marked(guard, 0, 1, 2) == [USED] * 3
+
+
+def test_what_cannot_be_read_is_unknown(
+    file_guard: Callable[..., FileReplayGuard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, read = file_guard(), os.pread
+    assert marked(file_guard(), 0, 1) == [NEW] * 2
+    with monkeypatch.context() as broken:
+        broken.setattr("lonelypsp.replay.os.pread", lambda *where: read(*where)[:-1])
+        assert marked(guard, 2) == [UNKNOWN]
+    assert marked(guard, 0, 1, 2) == [USED, USED, NEW]
+
+
+def test_a_place_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        FileReplayGuard(str(tmp_path / "file"))
+    with pytest.raises(OSError, match="Not a directory"):
+        FileReplayGuard(str(tmp_path / "file" / "below"))
 
 
 # a memory that others share

@@ -2,17 +2,20 @@
 
 A signature stamped `t` passes the clock check until `t + token_lifetime`, and is remembered at
 least that long. What was accepted before a restart is a hole that each guard closes in its own
-way: `ReplayGuard` refuses whatever is stamped earlier than its own start, `SqliteReplayGuard`
-keeps its memory in a file, which several processes may share, and `SharedReplayGuard` leaves the
-verdict to a database that several machines share.
+way: `ReplayGuard` refuses whatever is stamped earlier than its own start, `FileReplayGuard` keeps
+its memory in files, which several processes may share, and `SharedReplayGuard` leaves the verdict
+to a database that several machines share.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
-import sqlite3
+import os
+import threading
 import weakref
+from binascii import b2a_hex
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -22,12 +25,11 @@ from typing import NamedTuple, Protocol
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_CODES = 1_000_000
-_OPEN_TIMEOUT = 10.0  # seconds: the workers of a machine start, and create the file, all at once
-_SWEEP_INTERVAL = 0.2  # seconds
-_SWEEP_ROWS = 2000  # with the interval: more than a core can verify
 _COUNT_INTERVAL = 5.0  # seconds, for which the bound is one per process
-_REMEMBER = "INSERT OR IGNORE INTO used VALUES (?, ?)"
+_GRACE = 60.0  # seconds for which a file is kept, in case that the clock is set back
+_OPEN_SECONDS = 32
 _KEPT_BYTES = 16  # of the 64: two of 10^6 codes share a prefix with probability 10^-27
+_LINE = 2 * _KEPT_BYTES + 1
 
 
 class Verdict(Enum):
@@ -91,36 +93,6 @@ class _NotShared:
 
 
 NOT_SHARED = _NotShared()
-
-
-class Together(Protocol):
-    """Remembers what several checks accept in one go, since to write once takes little more time
-    than to write one. Nothing may be done about what was accepted before `settle` says so."""
-
-    def begin(self) -> None:
-        """From now on, whatever `mark` calls new is only kept for `settle`."""
-        ...
-
-    def settle(self) -> Verdict:
-        """What holds for all of it: NEW; USED, one at least; UNKNOWN. Unless it is NEW, none of it
-        is remembered."""
-        ...
-
-
-class _NotTogether:
-    """Each is remembered when it is checked."""
-
-    def begin(self) -> None:
-        pass
-
-    def settle(self) -> Verdict:
-        return Verdict.NEW
-
-    def __reduce__(self) -> str:
-        return "NOT_TOGETHER"
-
-
-NOT_TOGETHER = _NotTogether()
 
 
 class ReplayGuard:
@@ -190,105 +162,120 @@ class SharedReplayGuard(ReplayGuard):
         self._codes.difference_update(code for _, code in codes)
 
 
-class SqliteReplayGuard:
-    """In a file of its own, shared by the worker processes of one machine, surviving a restart.
+class FileReplayGuard:
+    """In a directory, shared by the worker processes of one machine, surviving a restart.
 
-    A code is committed before `mark` returns, or `settle`: it is `Together`, too. The file is not
-    synced to disk on each: what a killed process committed is there, what a power failure takes was
-    stamped before the machine came up again and is too old by then, or was never answered.
+    There is a file for each second that stamps name, and a line in it for each code. A process
+    appends its line and looks what stands before it: the system puts lines that are appended at
+    the same time in some order, and of several with the same code the first one counts. So nobody
+    waits for anybody.
+
+    What a killed process wrote is there. The files are not synced to disk: what a power failure
+    takes may come again, if the machine is back before it is too old.
 
     Args:
-        path: the file, created when missing.
-        busy_timeout: seconds to wait for another process's write before answering UNKNOWN.
-        max_codes: as for `ReplayGuard`.
+        path: the directory, created when missing. Not on a network file system.
+        max_codes: of all files together, 33 bytes each on disk; else as for `ReplayGuard`. Those of
+            the last seconds are in memory as well.
+
+    Raises:
+        OSError: the directory cannot be made, or not be written.
     """
 
-    def __init__(
-        self, path: str, *, busy_timeout: float = 0.05, max_codes: int = DEFAULT_MAX_CODES
-    ) -> None:
+    def __init__(self, path: str, *, max_codes: int = DEFAULT_MAX_CODES) -> None:
+        self._path = path
         self._max = max_codes
-        self._swept = -math.inf
         self._counted = -math.inf
-        self._lifetime = 0.0
-        self._db = sqlite3.connect(
-            path, timeout=_OPEN_TIMEOUT, isolation_level=None, check_same_thread=False
-        )
-        # nobody owns a guard that sits in a configuration, so nobody may close it
-        weakref.finalize(self, self._db.close)
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError:
-            pass  # another process is switching it right now, for which SQLite does not wait
-        self._db.execute("PRAGMA synchronous=OFF")
-        # in order of time, so that what is written together lies together and goes together
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS used (stamp REAL, code BLOB, PRIMARY KEY (stamp, code))"
-            " WITHOUT ROWID"
-        )
         self._count = 0
-        self._together: dict[tuple[float, bytes], None] | None = None
-        self._db.execute(f"PRAGMA busy_timeout={int(busy_timeout * 1000)}")
+        self._lifetime = 0.0
+        self._open: dict[int, _Second] = {}
+        """By their stamps, the one that was opened first first."""
+        self._lock = threading.Lock()
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
+        line = b2a_hex(code[:_KEPT_BYTES])
+        stamp = int(timestamp)
+        self._lifetime = max(self._lifetime, expires - timestamp)
         try:
-            self._lifetime = max(self._lifetime, expires - timestamp)
-            self._sweep(now)
-            row = timestamp, code[:_KEPT_BYTES]
-            if (together := self._together) is not None:
-                return self._keep(row, together)
-            if self._count >= self._max:
-                return Verdict.UNKNOWN
-            added = self._db.execute(_REMEMBER, row)
-        except sqlite3.OperationalError as e:
+            with self._lock:
+                if abs(now - self._counted) >= _COUNT_INTERVAL:
+                    self._look(now)
+                second = self._open.get(stamp) or self._opened(stamp)
+                if line in second.lines:
+                    return Verdict.USED
+                if self._count >= self._max:
+                    return Verdict.UNKNOWN
+                self._count += 1
+                return second.add(line)
+        except OSError as e:
             log.warning("cannot remember a signature, so it is not accepted: %s", e)
             return Verdict.UNKNOWN
-        self._count += added.rowcount
-        return Verdict.NEW if added.rowcount else Verdict.USED
 
-    def _keep(self, row: tuple[float, bytes], together: dict[tuple[float, bytes], None]) -> Verdict:
-        if row in together:
-            return Verdict.USED
-        if self._count + len(together) >= self._max:
-            return Verdict.UNKNOWN
-        together[row] = None
-        return Verdict.NEW
+    def _opened(self, stamp: int) -> _Second:
+        while len(self._open) >= _OPEN_SECONDS:
+            self._open.pop(next(iter(self._open))).close()
+        second = self._open[stamp] = _Second(os.path.join(self._path, str(stamp)))
+        return second
 
-    def begin(self) -> None:
-        self._together = {}
-
-    def settle(self) -> Verdict:
-        rows, self._together = self._together, None
-        if not rows:
-            return Verdict.NEW
-        db = self._db
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            added = db.executemany(_REMEMBER, rows).rowcount
-            db.execute("COMMIT" if added == len(rows) else "ROLLBACK")
-        except sqlite3.OperationalError as e:
-            log.warning("cannot remember %d signatures, so none is accepted: %s", len(rows), e)
-            with suppress(sqlite3.OperationalError):  # there may be nothing to take back
-                db.execute("ROLLBACK")
-            return Verdict.UNKNOWN
-        if added < len(rows):
-            return Verdict.USED
-        self._count += added
-        return Verdict.NEW
-
-    def _sweep(self, now: float) -> None:
-        """Forgets a bounded part of what has expired; this may run on an event loop."""
-        if abs(now - self._swept) >= _SWEEP_INTERVAL:
-            self._swept = now
-            gone = self._db.execute(
-                "DELETE FROM used WHERE (stamp, code) IN"
-                " (SELECT stamp, code FROM used WHERE stamp < ? ORDER BY stamp LIMIT ?)",
-                (now - self._lifetime, _SWEEP_ROWS),
-            )
-            self._count -= gone.rowcount
-        if abs(now - self._counted) >= _COUNT_INTERVAL:
-            # other processes remember and forget too
-            self._counted = now
-            (self._count,) = self._db.execute("SELECT count(*) FROM used").fetchone()
+    def _look(self, now: float) -> None:
+        """Counts what others have remembered, too, and deletes what has expired."""
+        size = 0
+        with os.scandir(self._path) as entries:
+            for entry in entries:
+                stamp = int(entry.name) if entry.name.isdecimal() else math.inf
+                with suppress(FileNotFoundError):  # others look, too
+                    if stamp + self._lifetime >= now:
+                        size += entry.stat().st_size
+                    elif stamp + self._lifetime + _GRACE < now:
+                        os.unlink(entry.path)
+        self._count = size // _LINE
+        self._counted = now
 
     def close(self) -> None:
-        self._db.close()
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class _Second:
+    """What is known of one file.
+
+    Attributes:
+        lines: those before `_end`, which is behind the end of a line.
+    """
+
+    def __init__(self, path: str) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o600)
+        # nobody owns a guard that sits in a configuration, so nobody may close it
+        self.close = weakref.finalize(self, os.close, self._file)
+        self.lines: set[bytes] = set()
+        self._end = 0
+        data = self._read(os.fstat(self._file).st_size)
+        self._end = data.rfind(b"\n") + 1  # the last line may be on its way
+
+    def add(self, line: bytes) -> Verdict:
+        """Whether it was the first."""
+        if os.write(self._file, line + b"\n") < _LINE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        end = os.lseek(self._file, 0, os.SEEK_CUR)  # of our line, whoever has written since
+        if end - _LINE > self._end:
+            self._read(end - _LINE)
+        self._end = end
+        if line in self.lines:
+            return Verdict.USED
+        self.lines.add(line)
+        return Verdict.NEW
+
+    def _read(self, end: int) -> bytes:
+        data = os.pread(self._file, end - self._end, self._end)
+        if len(data) < end - self._end:
+            raise OSError(errno.EIO, "a file of used signatures was cut")
+        # what was cut off when a disk was full stands before the next line, or is the last
+        self.lines.update(line[1 - _LINE :] for line in data.split(b"\n")[:-1])
+        return data

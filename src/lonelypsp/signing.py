@@ -22,11 +22,9 @@ from typing import Any, Protocol
 from lonelypsp.errors import AuthResult, LocalProtocolError
 from lonelypsp.replay import (
     NOT_SHARED,
-    NOT_TOGETHER,
     Remembers,
     ReplayGuard,
     Shared,
-    Together,
     Verdict,
 )
 from lonelypsp.rights import Rights
@@ -454,10 +452,8 @@ class AuthConfig:
         to_broadcaster: for what subscribers send: requests, and the answers of their endpoints.
         to_subscriber: for what broadcasters send: messages, notices, and their answers.
         shared: what a broadcaster must ask its database about whatever `to_broadcaster` accepts.
-        together: remembers what `to_broadcaster` accepts of several messages in one go.
     """
 
     to_broadcaster: Authenticator
     to_subscriber: Authenticator
     shared: Shared = NOT_SHARED
-    together: Together = NOT_TOGETHER

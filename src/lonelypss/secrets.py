@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from pathlib import Path
 from lonelypsp import secretsfile
 from lonelypsp.authfile import AuthFile, NotPrivate, current, read_private
 from lonelypsp.errors import LocalProtocolError
-from lonelypsp.replay import Remembers, ReplayGuard, SharedReplayGuard, SqliteReplayGuard
+from lonelypsp.replay import FileReplayGuard, Remembers, ReplayGuard, SharedReplayGuard
 from lonelypsp.signing import AuthConfig, Nothing, Token
 from lonelypss.config import ConfigError, Database
 
@@ -32,12 +31,12 @@ def load_auth(
 
     Args:
         secrets: the file that `lonelypss setup` wrote.
-        replay: a file in which accepted values are remembered, shared by all worker processes and
-            kept over a restart.
+        replay: a directory in which accepted values are remembered, shared by all worker processes
+            and kept over a restart.
         db: the database of the broadcaster, instead of that: accepted values are remembered in a
-            file beside it (SQLite), or in it, where all broadcasters see them (PostgreSQL). With
-            neither, or a database in memory, they are in memory, for one process, and what is
-            stamped before its start is refused.
+            directory beside it (SQLite), or in it, where all broadcasters see them (PostgreSQL).
+            With neither, or a database in memory, they are in memory, for one process, and what
+            is stamped before its start is refused.
         allow_readable: whether the file may be a link, and other users may read it.
 
     Raises:
@@ -51,8 +50,7 @@ def load_auth(
         return replace(_follow(secrets, guards, allow_readable), shared=shared)
     beside = None if database.path is None else f"{database.path}.replay"
     guard = _guard(replay or beside)
-    found = _follow(secrets, (guard, guard), allow_readable)
-    return replace(found, together=guard) if isinstance(guard, SqliteReplayGuard) else found
+    return _follow(secrets, (guard, guard), allow_readable)
 
 
 def _follow(
@@ -73,9 +71,10 @@ def _guard(replay: str | os.PathLike[str] | None) -> Remembers:
     if replay is None:
         return ReplayGuard(started=time.time())
     try:
-        return SqliteReplayGuard(os.fspath(replay))
-    except sqlite3.Error as e:
-        raise ConfigError(f"{os.fspath(replay)}: cannot remember used signatures: {e}") from None
+        return FileReplayGuard(os.fspath(replay))
+    except OSError as e:
+        why = f"cannot remember used signatures: {e.strerror}"
+        raise ConfigError(f"{os.fspath(replay)}: {why}") from None
 
 
 _LEAST_TOKEN = 32

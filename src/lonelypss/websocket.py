@@ -29,7 +29,7 @@ from lonelypsp.compression import decompress, decompress_pieces
 from lonelypsp.errors import LocalProtocolError
 from lonelypsp.guard import identity
 from lonelypsp.interests import Topics
-from lonelypsp.replay import Code, Verdict
+from lonelypsp.replay import Code
 from lonelypsp.spool import Body, Spool
 from lonelypss.asgi import Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
@@ -135,12 +135,6 @@ class _Asgi:
             await self._send({"type": "websocket.send", "bytes": message})
 
 
-_AS_REFUSED = {
-    Verdict.USED: Refused(403, "a message that was sent before"),
-    Verdict.UNKNOWN: Refused(503, "authorization cannot be checked now"),
-}
-
-
 class Incoming:
     """Where the parts of a body go. The session hands over a part, `store` puts it away."""
 
@@ -237,17 +231,6 @@ class Websockets:
         if not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_soon(self.flush)
-
-    @property
-    def undelivered(self) -> int:
-        """How many messages wait for `flush`."""
-        return len(self._undelivered)
-
-    def take_back(self, since: int) -> None:
-        """Forgets those that wait for `flush` behind the first `since`."""
-        for _, _, body, _ in self._undelivered[since:]:
-            body.close()
-        del self._undelivered[since:]
 
     def flush(self) -> None:
         """Sends everything that was made; see `has_frames` and `deliver_later`."""
@@ -506,10 +489,7 @@ class Connection:
     def arrived(self, burst: list[bytes]) -> list[bytes] | None:
         """See `Burst.on_burst`. Deals with frames until one has to wait for something."""
         receive, came, now = self.session.receive, time.monotonic(), time.time()
-        done, together, before = 0, self.config.auth.together, self.hub.undelivered
-        if len(burst) > 1:
-            together.begin()
-        error: Exception | None = None
+        done = 0
         try:
             for frame in burst:
                 if done == _BURST:
@@ -519,14 +499,7 @@ class Connection:
                     self._work = work
                     break
         except Exception as e:  # noqa: BLE001 logged as what it is
-            error = e
-        if len(burst) > 1 and (verdict := together.settle()) is not Verdict.NEW:
-            # nothing that was signed in this burst may have an effect
-            self.hub.take_back(before)
-            self._frames.clear()
-            error = _AS_REFUSED[verdict]
-        if error is not None:
-            self.failed(error)
+            self.failed(e)
             return None
         self.hub.flush()
         return burst[done:] if done < len(burst) or self._work is not None else None

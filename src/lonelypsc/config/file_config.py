@@ -9,7 +9,7 @@ import time
 from lonelypsp import secretsfile
 from lonelypsp.authfile import AuthFile, exposure, read_private
 from lonelypsp.errors import LocalProtocolError
-from lonelypsp.replay import Remembers, ReplayGuard, SqliteReplayGuard
+from lonelypsp.replay import FileReplayGuard, Remembers, ReplayGuard
 from lonelypsp.signing import AuthConfig, Authenticator
 
 log = logging.getLogger(__name__)
@@ -22,9 +22,9 @@ def get_auth_config_from_file(
 
     Args:
         path: e.g. "subscriber-secrets.json".
-        replay_path: a file in which hmac remembers what it accepted. Without one it remembers in
-            memory, and refuses whatever was signed before this call, because a program that ran
-            before this one may have accepted it: the clocks of both sides should then agree.
+        replay_path: a directory in which hmac remembers what it accepted. Without one it remembers
+            in memory, and refuses whatever was signed before this call, because a program that
+            ran before this one may have accepted it: the clocks of both sides should then agree.
 
     Returns:
         (incoming, outgoing), in the order `AuthConfigFromParts` takes them.
@@ -36,7 +36,7 @@ def get_auth_config_from_file(
     replay: Remembers = (
         ReplayGuard(started=time.time())
         if replay_path is None
-        else SqliteReplayGuard(os.fspath(replay_path))
+        else FileReplayGuard(os.fspath(replay_path))
     )
 
     def load() -> AuthConfig:
