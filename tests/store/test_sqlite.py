@@ -393,6 +393,45 @@ async def test_an_operator_may_edit_the_tables(path: Path) -> None:
         assert dict(counted.fetchall()) == {A: 1, "http://b/": 1}
 
 
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        ("INSERT INTO subscriptions (kind, pattern, url) VALUES (0, x'74', 'http://c/')", 2),
+        ("INSERT INTO subscriptions (kind, pattern, url) VALUES (1, x'2a', 'http://c/')", 2),
+        ("UPDATE subscriptions SET recovery = 'http://c/'", 1),
+        ("UPDATE subscriptions SET pattern = x'75'", 0),
+        ("DELETE FROM subscriptions", 0),
+    ],
+)
+async def test_what_was_found_is_known_until_subscriptions_change(
+    path: Path, change: str, left: int
+) -> None:
+    async with opened(SqliteStore(str(path))) as store, opened(SqliteStore(str(path))) as other:
+        await store.subscribe(Kind.EXACT, b"t", A, A)
+        found = await store.match(b"t")
+        for changing in (store, other):
+            await changing.record_missed([(found[0], b"t")], 1.0)
+            await changing.renew_leases([A], time.time())
+        assert store.found(b"t", time.monotonic()) is found
+        shell = sqlite3.connect(path)
+        shell.execute(change)
+        shell.commit()
+        shell.close()
+        assert store.found(b"t", time.monotonic()) is None
+        assert len(await store.match(b"t")) == left
+
+
+async def test_what_was_found_is_forgotten_when_nobody_can_say(path: Path) -> None:
+    async with opened(FaultyStore(str(path))) as store:
+        await store.subscribe(Kind.EXACT, b"t", A, A)
+        (row,) = await store.match(b"t")
+        await store.record_missed([(row, b"t")], 1.0)
+        Faulty.when = lambda sql: sql == module._VERSION
+        Faulty.code = sqlite3.SQLITE_BUSY
+        assert store.found(b"t", time.monotonic()) is None
+        assert await store.match(b"t") == [row]
+
+
 async def test_matching_holds_no_transaction_open(path: Path) -> None:
     async with opened(SqliteStore(str(path))) as store:
         await store.set_subscriptions(A, [(b"a/b", None)], [("a/*", None)])

@@ -47,6 +47,7 @@ _Work: TypeAlias = Callable[[sqlite3.Connection], T]
 _SQL = load_queries("sqlite.sql")
 _MIGRATIONS = [_SQL[f"migration_{n}"] for n in range(1, 1 + sum("migration_" in k for k in _SQL))]
 _MATCH = _SQL["match"]
+_VERSION = _SQL["subscriptions_version"]
 _KINDS = tuple(Kind)
 
 _QUEUE_LIMIT = 10_000
@@ -81,11 +82,13 @@ class SqliteStore:
 
     async def open(self) -> None:
         self._globs = GlobSet(lambda *since: self._read(partial(_read_globs, *since)))
-        # What was found for a topic, as long as the database confirms that nothing has changed:
-        # its own version counts what others change, ours what is changed over the same connection.
+        # What was found for a topic, as long as the database confirms that no subscription has
+        # changed. Its own version, the cheaper question, shows that others changed something, ours
+        # what was changed over the same connection; only then we ask whether it was subscriptions.
         self._found: dict[bytes, Sequence[Subscription]] = {}
         self._found_rows = 0
         self._found_in = (-1, 0)
+        self._found_of = -1
         self._confirmed_at = -math.inf
         self._changes = 0
         self._reader: _Inline | _Worker
@@ -137,16 +140,22 @@ class SqliteStore:
         return self._found.get(topic)
 
     def _confirm(self) -> None:
-        """Forgets what was found if anybody has changed the database since."""
+        """Forgets what was found if anybody has changed subscriptions since."""
         now = time.monotonic()
+        version = of = -1
         try:
             (version,) = self._matcher.execute("PRAGMA data_version").fetchone()
+            if (version, self._changes) == self._found_in:
+                self._confirmed_at = now
+                return
+            (of,) = self._matcher.execute(_VERSION).fetchone()
         except sqlite3.Error:
-            version = -1  # something is in the way, and the next question goes another way, too
-        if version < 0 or (version, self._changes) != self._found_in:
+            pass  # something is in the way, and the next question goes another way, too
+        if of < 0 or of != self._found_of:
             self._found.clear()
             self._found_rows = 0
-            self._found_in = version, self._changes
+        self._found_in = version, self._changes
+        self._found_of = of
         self._confirmed_at = now
 
     async def _match(self, topic: bytes) -> Sequence[Subscription]:

@@ -115,6 +115,23 @@ END;
 INSERT INTO subscribers (url, subscriptions)
 SELECT url, count(*) FROM subscriptions WHERE url NOT IN (SELECT url FROM peers) GROUP BY url;
 
+-- name: migration_4
+-- Changes whenever what a topic matches may have changed, and not when notices and leases do.
+INSERT INTO meta VALUES ('subscriptions_version', 0);
+CREATE TRIGGER subscriptions_version_added AFTER INSERT ON subscriptions BEGIN
+    UPDATE meta SET value = value + 1 WHERE key = 'subscriptions_version';
+END;
+CREATE TRIGGER subscriptions_version_changed AFTER UPDATE OF kind, pattern, url, recovery
+ON subscriptions BEGIN
+    UPDATE meta SET value = value + 1 WHERE key = 'subscriptions_version';
+END;
+CREATE TRIGGER subscriptions_version_removed AFTER DELETE ON subscriptions BEGIN
+    UPDATE meta SET value = value + 1 WHERE key = 'subscriptions_version';
+END;
+
+-- name: subscriptions_version
+SELECT value FROM meta WHERE key = 'subscriptions_version';
+
 -- name: match
 -- One statement is one snapshot: the glob version is that of the moment of the exact rows. It
 -- stands in every row, and there is at least one.
