@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -70,6 +71,8 @@ class MissedNotices:
         self.attempts = Lines(log)
         self.leases = leases
         self._wake = asyncio.Event()
+        self._next_look = math.inf
+        """When it will look without being woken; infinite while it looks."""
         self._under_way: set[asyncio.Task[None]] = set()
         self._at_host: Counter[Origin] = Counter()
         self._at_failing = 0
@@ -116,9 +119,11 @@ class MissedNotices:
     async def _record(self, items: Sequence[tuple[Subscription, bytes]], delay: float) -> None:
         if not items:
             return
-        await self.store.record_missed(items, time.time() + delay)
+        due = time.time() + delay
+        await self.store.record_missed(items, due)
         self.metrics.notice("recorded", len(items))
-        self._wake.set()
+        if due < self._next_look:
+            self._wake.set()
 
     async def journal(self, items: Sequence[tuple[Subscription, bytes]], grace: float) -> None:
         """Notes as a precaution what may turn out not to be reached, due after `grace` seconds.
@@ -165,7 +170,9 @@ class MissedNotices:
         try:
             while True:
                 self._wake.clear()
+                self._next_look = math.inf
                 pause = await self._sweep()
+                self._next_look = time.time() + pause
                 try:
                     async with asyncio.timeout(pause):
                         await self._wake.wait()

@@ -82,6 +82,29 @@ async def test_notice_once_and_the_subscription_stays(auth: str) -> None:
         assert len(notices(subscriber)) == 2
 
 
+async def test_what_is_not_due_wakes_nobody() -> None:
+    async with Subscriber() as subscriber, announcing(missed_constant=5.0) as one:
+        subscriber.handler = failing(subscriber)
+        await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
+        await notify(one)
+        await until(lambda: time.time() + 6 > one.missed._next_look)
+        looks = 0
+        claim = one.store.claim_missed
+
+        async def counted(*arguments: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return await claim(*arguments)
+
+        one.store.claim_missed = counted  # type: ignore[method-assign]
+        for _ in range(20):
+            await notify(one)
+        assert looks == 0
+        (row,) = await rows(one.store, subscriber.url)
+        await one.missed._record([(row, b"u")], 0.0)
+        await until(lambda: looks > 0)
+
+
 NOT_CONFIRMED: dict[str, Any] = {
     "empty": lambda r, s: reply(),
     "another type": lambda r, s: reply(b"\0\x08\0\0\0\0"),
