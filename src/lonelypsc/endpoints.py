@@ -16,8 +16,9 @@ import binascii
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -32,7 +33,7 @@ from lonelypsp.bodies import (
     ResponseConfirmReceive,
 )
 from lonelypsp.errors import AuthResult, RemoteProtocolError
-from lonelypsp.guard import HttpLimits, identity, patient
+from lonelypsp.guard import HttpLimits, identity, patient, read_into
 from lonelypsp.shortcut import Answer
 from lonelypsp.spool import Body, Spool
 from lonelypsp.wire import SHA512_LENGTH, HeadParser, decode, encode
@@ -145,7 +146,8 @@ class ReceiveEndpoint(_Endpoint):
         chunks = _chunks(receive)
         head, rest = await _head(ReceiveHead, chunks)
         receiver = self._addressee(scope, headers, head, sha512)
-        body = await _spool(receiver.config, head.length, sha512, rest, chunks)
+        past = partial(read_into, scope, receive)
+        body = await _spool(receiver.config, head.length, sha512, rest, chunks, past)
         taken = await receiver.hub.deliver(head.topic, body, head.tracing)
         await send_whole(send, self._confirmation(receiver, head, taken))
 
@@ -378,6 +380,7 @@ async def _spool(
     sha512: bytes,
     first: bytes,
     chunks: AsyncIterator[bytes],
+    past: Callable[[Spool, bytes], Awaitable[bool]],
 ) -> Body:
     _check_length(config, length)
     try:
@@ -386,8 +389,9 @@ async def _spool(
             memory_limit=config.message_body_spool_size,
             directory=config.spool_directory,
         ) as spool:
-            write = _to_disk if spool.on_disk else _to_memory
-            await write(spool, first, chunks)
+            if not await past(spool, first):
+                write = _to_disk if spool.on_disk else _to_memory
+                await write(spool, first, chunks)
             return spool.finish(sha512)
     except OSError as e:
         logger.exception("a message of %d bytes cannot be kept", length)

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 from lonelypsp.errors import RemoteProtocolError
 from lonelypsp.onewrite import OneWrite
+from lonelypsp.spool import SocketError, Spool
 
 log = logging.getLogger(__name__)
 
 GUARDED = "lonelyps.guarded"
 """Name of the ASGI extension which says that a `Guard` watches over the connection."""
+
+READS_INTO = "lonelyps.reads_into"
+"""Name of the ASGI extension with which `read_into` works."""
 
 _NONE: Mapping[str, Any] = {}
 _LONGEST_TICK = 1.0
@@ -32,6 +38,7 @@ _MOST_HEADERS = 100
 _MOST_FRAMING = 16 * 1024  # bytes around chunks, ...
 _FRAMING_PER_BYTE = 8  # ... and for each byte in them; a chunk of one byte needs 5
 _HIGH_WATER = 64 * 1024
+_AT_ONCE = 4 * 1024 * 1024  # bytes that a thread reads from a socket before others have its place
 _PHRASES = {
     400: b"Bad Request",
     408: b"Request Timeout",
@@ -210,8 +217,11 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
             self.seen: Any = (_Phase.HEAD, 0)
             self.mark = 0
             self.stalled: tuple[float, int] | None = None
+            self.readable: Any = None  # a future: what the spool that we read into waits for
             super().connection_made(_Transport(self, transport))
             self.extensions: dict[str, Any] = {GUARDED: {}, **tls_extension(transport)}
+            if self.scheme == "http" and hasattr(os, "readv"):
+                self.extensions[READS_INTO] = self.read_into
             if not guard.admit(self):
                 self.transport.write(_answer(503, "too many connections", b"retry-after: 1\r\n"))
                 self.transport.close()
@@ -219,6 +229,7 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
         def connection_lost(self, exc: Exception | None) -> None:
             guard.remove(self)
             super().connection_lost(exc)
+            _wake(self.readable)
 
         def data_received(self, data: bytes) -> None:
             self.chunk = len(data)
@@ -326,6 +337,78 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
                 self.cycle.more_body = False
                 self.cycle.message_event.set()
 
+        async def read_into(self, receive: Any, spool: Spool, first: bytes) -> bool:
+            """See the function of that name."""
+            cycle = self.cycle
+            is_ours = getattr(receive, "__self__", None) is cycle  # else others look at the body
+            if not is_ours or not cycle.more_body or self.is_chunked:
+                return False
+            left = self._declared() - self.body_bytes
+            here = len(first) + len(cycle.body)
+            if left < _HIGH_WATER or spool.written + here + left != spool.length:
+                return False
+            sock = self.transport.get_extra_info("socket")
+            self.flow.pause_reading()
+            first, cycle.body = first + bytes(cycle.body), bytearray()
+            cycle.keep_alive, keep_alive = False, cycle.keep_alive  # the parser waits for all of it
+            fd = os.dup(sock.fileno())
+            work = self.loop.run_in_executor(None, spool.write, first)
+            try:
+                await self._finished(work)
+                while left and not cycle.disconnected:
+                    work = self.loop.run_in_executor(None, spool.read_from, fd, _AT_ONCE)
+                    try:
+                        number = await self._finished(work)
+                    except BlockingIOError:
+                        if not cycle.disconnected:
+                            await self._wait_for(fd)
+                        continue
+                    except SocketError:
+                        number = 0
+                    if not number:
+                        self.transport.abort()
+                        await self._lost(cycle)
+                    left -= number
+                    self.received += number
+                    self.body_bytes += number
+            finally:
+                # not before the thread is through, or it would read from who gets that number next
+                work.add_done_callback(partial(_close, fd))
+                if not cycle.disconnected:
+                    self.flow.resume_reading()
+            if left:
+                return False
+            cycle.keep_alive = keep_alive
+            self.parser = httptools.HttpRequestParser(self)  # the old one has not seen the body
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+            self.on_message_complete()
+            return True
+
+        async def _finished(self, work: Any) -> Any:
+            """The result of what a thread does, which goes on if we are cancelled."""
+            finished = self.loop.create_future()
+            work.add_done_callback(lambda _: _wake(finished))
+            await finished
+            return work.result()
+
+        def _declared(self) -> int:
+            """Content-Length, which the parser has checked."""
+            return next((int(v) for n, v in self.headers if n == b"content-length"), 0)
+
+        async def _lost(self, cycle: Any) -> None:
+            while not cycle.disconnected:
+                await cycle.message_event.wait()
+                cycle.message_event.clear()
+
+        async def _wait_for(self, fd: int) -> None:
+            self.readable = self.loop.create_future()
+            self.loop.add_reader(fd, _wake, self.readable)
+            try:
+                await self.readable
+            finally:
+                self.loop.remove_reader(fd)
+                self.readable = None
+
         def _is_mostly_framing(self) -> bool:
             """Also if much of what follows a chunked body came together with its end."""
             most = limits.max_head + _MOST_FRAMING + _FRAMING_PER_BYTE * self.body_bytes
@@ -367,6 +450,7 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
             if self._is_busy() and cycle.more_body and not self.in_head:
                 cycle.disconnected = True
                 cycle.message_event.set()
+                _wake(self.readable)
                 if self.pipeline:
                     self.pipeline.popleft()  # this one has not begun
                 elif cycle.response_started:
@@ -412,7 +496,7 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
                 self.since, self.mark = now, self.received
             passed = now - self.since
             if phase is _Phase.BODY:
-                if self.flow.read_paused:  # it is us who are slow
+                if self.flow.read_paused and self.readable is None:  # it is us who are slow
                     self.since, self.mark = now, self.received
                 elif passed > limits.rate_window:
                     if self.received - self.mark < limits.min_rate * limits.rate_window:
@@ -449,6 +533,36 @@ def guarded(base: Any, httptools: Any, limits: HttpLimits) -> Any:
             self.transport.close()
 
     return Guarded
+
+
+def _close(fd: int, work: Any) -> None:
+    os.close(fd)
+    work.exception()  # seen, even if nobody waits
+
+
+def _wake(future: Any) -> None:
+    if future is not None and not future.done():
+        future.set_result(None)
+
+
+async def read_into(scope: Any, receive: Any, spool: Spool, first: bytes) -> bool:
+    """Fills a spool on disk with a large body, past the event loop and the parser, if this is one
+    of our listeners, without TLS, and nobody else looks at the body.
+
+    Args:
+        first: what was received of it already.
+
+    Returns:
+        whether all of it is in the spool. If not, `receive` has the rest, or the news that the
+        client is gone; then nothing is to be written to the spool, which it has to ask first.
+
+    Raises:
+        OSError, ValueError: of the spool.
+    """
+    reads_into = (scope.get("extensions") or _NONE).get(READS_INTO)
+    return bool(
+        reads_into is not None and spool.on_disk and await reads_into(receive, spool, first)
+    )
 
 
 def tls_extension(transport: Any) -> dict[str, Any]:

@@ -15,13 +15,22 @@ import io
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from lonelypsp.errors import RemoteProtocolError
 
 _MOST_AT_ONCE = 64  # pieces in one system call
+_PIECE = 256 * 1024  # bytes that are read, hashed and written together: they stay in the cache
 DEFAULT_MEMORY_LIMIT = 10 * 1024 * 1024
+_hashers = ThreadPoolExecutor(os.cpu_count(), "hash")
+
+
+class SocketError(Exception):
+    """A connection broke while a body was read from it."""
 
 
 def _nothing() -> None:
@@ -204,6 +213,8 @@ class Spool:
         self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
         self._closed = False
+        self._writing = threading.Lock()
+        self._pieces: tuple[memoryview, ...] = ()
         if length > memory_limit:
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         self._freed = freed
@@ -220,17 +231,77 @@ class Spool:
             OSError: the disk is full or broken.
             ValueError: it is closed; whoever writes in a thread may not know.
         """
-        if self._closed:
-            raise ValueError("the spool is closed")
-        self.written += sum(map(len, chunks))
-        if self.written > self.length:
-            raise _too_long(self.length)
-        for chunk in chunks:
-            self._hash.update(chunk)
-        if self._file is None:
-            self._memory.writelines(chunks)
-        else:
-            _write_out(self._file, chunks)
+        with self._holding():
+            self.written += sum(map(len, chunks))
+            if self.written > self.length:
+                raise _too_long(self.length)
+            for chunk in chunks:
+                self._hash.update(chunk)
+            if self._file is None:
+                self._memory.writelines(chunks)
+            else:
+                _write_out(self._file, chunks)
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Keeps the file open: its number could soon be that of another."""
+        try:
+            with self._writing:
+                if self._closed:
+                    raise ValueError("the spool is closed")
+                yield
+        finally:
+            if self._closed:
+                self.close()
+
+    def read_from(self, socket: int, most: int) -> int:
+        """Appends up to `most` of the missing bytes from a socket, a file descriptor, to a spool on
+        disk; how many, 0 at the end of what the peer sends. Not all systems can do that.
+
+        While one piece is written and the next one read, a thread of its own hashes; the same two
+        buffers serve for all pieces.
+
+        Raises:
+            BlockingIOError: there is nothing in the socket now.
+            SocketError: it is broken.
+            OSError, ValueError: as `write`.
+        """
+        with self._holding():
+            if self._file is None:
+                raise ValueError("the spool is in memory")
+            return self._take(self._file, socket, min(most, self.length - self.written))
+
+    def _take(self, file: BinaryIO, socket: int, most: int) -> int:
+        self._pieces = self._pieces or (
+            memoryview(bytearray(_PIECE)),
+            memoryview(bytearray(_PIECE)),
+        )
+        piece, other = self._pieces
+        taken = 0
+        hashing: Future[None] | None = None
+        try:
+            while taken < most and not self._closed:
+                try:
+                    number = os.readv(socket, [piece[: most - taken]])
+                except BlockingIOError:
+                    if not taken:
+                        raise
+                    break
+                except OSError as e:
+                    raise SocketError(*e.args) from e
+                if not number:
+                    break
+                if hashing is not None:
+                    hashing.result()
+                hashing = _hashers.submit(self._hash.update, piece[:number])
+                taken += number
+                self.written += number
+                _write_out(file, [piece[:number]])
+                piece, other = other, piece
+        finally:
+            if hashing is not None:
+                hashing.result()
+        return taken
 
     def finish(self, sha512: bytes) -> Body:
         """The body, if it is as long as declared and its hash is `sha512`.
@@ -249,15 +320,18 @@ class Spool:
         data = None if self._file else self._memory.getvalue()
         body = Body(data, self._file, self.written, self._hash.digest(), self._freed)
         self._file, self._memory, self._freed = None, io.BytesIO(), _nothing
+        self._pieces = ()
         return body
 
     def close(self) -> None:
         """Frees what `finish` has not handed on."""
         self._closed = True
-        self._memory = io.BytesIO()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._writing.acquire(blocking=False):  # else whoever writes in a thread does it
+            self._memory = io.BytesIO()
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+            self._writing.release()
         freed, self._freed = self._freed, _nothing
         freed()
 

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from lonelypsp import guard
 from lonelypsp.spool import Spool
+from lonelypss.asgi import Receive, Scope
 from lonelypss.config import BroadcasterConfig
 
 WRITE_SIZE = 1024 * 1024
@@ -102,6 +104,14 @@ async def fill(
             gathered, size = [], 0
     if gathered:
         await write(spool, *gathered)
+
+
+async def read_into(scope: Scope, receive: Receive, spool: Spool, first: bytes) -> bool:
+    """As `lonelypsp.guard.read_into`, and raises as `fill`."""
+    try:
+        return await guard.read_into(scope, receive, spool, first)
+    except OSError as e:
+        raise _no_disk(e) from e
 
 
 async def write(spool: Spool, *chunks: bytes | memoryview) -> None:

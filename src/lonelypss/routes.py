@@ -42,7 +42,7 @@ from lonelypsp.wire import HeadParser, Reader, decode, encode, read
 from lonelypss.asgi import ASGIApp, Receive, Scope, Send, respond
 from lonelypss.config import BroadcasterConfig
 from lonelypss.fanout import NO_REPORT, Explained, Fanout, Report
-from lonelypss.intake import Intake, NoRoom, fill
+from lonelypss.intake import Intake, NoRoom, fill, read_into
 from lonelypss.leases import NO_LEASES, Leases
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
@@ -317,7 +317,7 @@ class Routes:
                 raise Refused(508, "this message was forwarded too often (max_hops): a loop")
             with (
                 self.tracing.notify("http", head.topic, head.length, head.tracing) as step,
-                closing(await self._message(head, rest, more, receive)) as body,
+                closing(await self._message(scope, receive, head, rest, more)) as body,
             ):
                 count = await self.fanout.notify(head.topic, body, report, step, codes)
                 step.answered(count)
@@ -328,11 +328,14 @@ class Routes:
         authorization = self._authorize(scope, tracing, {**signed, "subscribers": count})
         return encode(ResponseNotify(authorization, tracing, count, head.identifier))
 
-    async def _message(self, head: NotifyHead, rest: bytes, more: bool, receive: Receive) -> Body:
+    async def _message(
+        self, scope: Scope, receive: Receive, head: NotifyHead, rest: bytes, more: bool
+    ) -> Body:
         if not more and head.length <= self.config.message_body_spool_size:
             return Body.received(rest, head.length, head.sha512)
         with self.intake.spool(head.length) as spool:
-            await fill(spool, rest, more, partial(_chunk, receive))
+            if not (more and await read_into(scope, receive, spool, rest)):
+                await fill(spool, rest, more, partial(_chunk, receive))
             return spool.finish(head.sha512)
 
     def _report(self, scope: Scope) -> Report:
