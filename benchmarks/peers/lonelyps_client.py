@@ -4,8 +4,8 @@
 
 BROADCASTER is http://... or ws://..., which decides over the transport.
 
-Commands of a publisher: `load`, `send_file`; of a subscriber: `subscribe`, `received`, `digest`,
-`subscriptions`.
+Commands of a publisher: `load`, `send_file`; of a subscriber: `subscribe`, `received`, `hold`,
+`digest`, `subscriptions`.
 """
 
 from __future__ import annotations
@@ -180,9 +180,12 @@ class Subscriber:
         self._client = client
         self._received = roles.Received()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stack = contextlib.AsyncExitStack()
+        self._held: Any = None
         self.handlers: dict[str, roles.Handler] = {
             "subscribe": self.subscribe,
             "received": self._received.wait,
+            "hold": self.hold,
             "digest": self.digest,
             "subscriptions": self.subscriptions,
         }
@@ -226,21 +229,21 @@ class Subscriber:
         await load.run(remove, len(done))
         return load.result()
 
-    async def digest(self, topic: str) -> dict[str, Any]:
-        """Waits for one message, and hashes it piece by piece as a program would that has to read a
-        message larger than its memory."""
-        async with self._client.subscribe_exact(topic.encode()) as subscription:
-            messages = await subscription.messages()
-            print('{"subscribed": true}', flush=True)
-            message = await anext(messages)
-            arrived = time.monotonic()
-            digest = await asyncio.to_thread(hash_pieces, message.data)
-            return {
-                "sha512": digest,
-                "announced": message.sha512.hex(),
-                "arrived": arrived,
-                "read": time.monotonic(),
-            }
+    async def hold(self, topic: str) -> dict[str, Any]:
+        """Says that it has subscribed, then waits for one message and keeps it for `digest`."""
+        subscription = self._client.subscribe_exact(topic.encode())
+        await self._stack.enter_async_context(subscription)
+        messages = await subscription.messages()
+        print('{"subscribed": true}', flush=True)
+        self._held = await anext(messages)
+        return {"arrived": time.monotonic()}
+
+    async def digest(self) -> dict[str, Any]:
+        """Hashes what is held piece by piece, as a program would that has to read a message larger
+        than its memory."""
+        async with self._stack:
+            digest = await asyncio.to_thread(hash_pieces, self._held.data)
+            return {"sha512": digest, "announced": self._held.sha512.hex()}
 
 
 OneTopic = Callable[[bytes], Awaitable[None]]
