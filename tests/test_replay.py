@@ -93,6 +93,16 @@ def test_remembered_up_to_the_last_moment(make_guard: MakeGuard, fraction: float
     assert guard.mark(code(1), START, expires, expires) is USED
 
 
+def test_the_longest_lifetime_holds(make_guard: MakeGuard) -> None:
+    """Two authenticators may share a guard."""
+    guard = make_guard()
+    assert guard.mark(code(1), START, START + T, START) is NEW
+    assert guard.mark(code(2), START, START + 3 * T, START) is NEW
+    for now in (START + T + 1, START + 2 * T, START + 3 * T):
+        assert guard.mark(code(3), now, now + T, now) is NEW
+        assert guard.mark(code(2), START, START + 3 * T, now) is USED
+
+
 def test_codes_are_told_apart(make_guard: MakeGuard) -> None:
     guard = make_guard()
     codes = [code(i) for i in range(200)]

@@ -16,7 +16,6 @@ import os
 import threading
 import weakref
 from binascii import b2a_hex
-from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -110,28 +109,39 @@ class ReplayGuard:
         # stamps are whole seconds, cut off
         self._started = -math.inf if started is None else math.floor(started)
         self._max = max_codes
-        self._codes: set[bytes] = set()
-        # in order of arrival; one second of one signer's codes expire together, so that a code is
-        # kept at most twice the token lifetime
-        self._expiring: deque[tuple[float, bytes]] = deque()
+        self._codes: dict[int, set[bytes]] = {}
+        """By their stamps, so that what expires goes at once."""
+        self._count = 0
+        self._lifetime = 0.0
+        self._next = math.inf
+        """When some expire."""
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
-        self._forget(now)
+        if now > self._next:
+            self._forget(now)
+        stamp = int(timestamp)
+        if expires - stamp > self._lifetime:
+            self._lifetime = expires - stamp
+        codes = self._codes.get(stamp)
+        if codes is None:
+            codes = self._codes[stamp] = set()
+            self._next = min(self._next, stamp + self._lifetime)
         code = code[:_KEPT_BYTES]
-        if timestamp < self._started or code in self._codes:
+        if code in codes or stamp < self._started:
             return Verdict.USED
-        if len(self._codes) >= self._max:
+        if self._count >= self._max:
             return Verdict.UNKNOWN
-        self._codes.add(code)
-        self._expiring.append((expires, code))
+        self._count += 1
+        codes.add(code)
         return Verdict.NEW
 
     def _forget(self, now: float) -> None:
-        while self._expiring and self._expiring[0][0] < now:
-            self._codes.discard(self._expiring.popleft()[1])
+        for stamp in [s for s in self._codes if s + self._lifetime < now]:
+            self._count -= len(self._codes.pop(stamp))
+        self._next = min(self._codes, default=math.inf) + self._lifetime
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return self._count
 
 
 class SharedReplayGuard(ReplayGuard):
@@ -159,7 +169,10 @@ class SharedReplayGuard(ReplayGuard):
         return codes
 
     def forget(self, codes: Iterable[Code]) -> None:
-        self._codes.difference_update(code for _, code in codes)
+        for stamp, code in codes:
+            known = self._codes.get(stamp, set())
+            self._count -= code in known
+            known.discard(code)
 
 
 class FileReplayGuard:

@@ -362,8 +362,8 @@ class Hmac:
         keys = _keys(secrets)
         if not keys or any(len(key.secret) != SECRET_LENGTH for key in keys):
             raise LocalProtocolError(f"hmac needs at least one key, each of {SECRET_LENGTH} bytes")
-        self._keys = keys
-        self._secrets = [_Secret(key.secret) for key in keys]
+        self._keys = [(key, _Secret(key.secret)) for key in keys]
+        self._first = self._keys[0][1]
         self._lifetime = token_lifetime
         self._replay = ReplayGuard() if replay is None else replay
 
@@ -371,7 +371,7 @@ class Hmac:
         timestamp = int(now)
         nonce = _nonces()
         message = to_sign(operation, fields, timestamp, nonce)
-        return f"X-HMAC {timestamp}:{nonce}:{_code(self._secrets[0], message)}"
+        return f"X-HMAC {timestamp}:{nonce}:{_code(self._first, message)}"
 
     def check(
         self, operation: str, fields: Fields, authorization: str | None, now: float
@@ -388,7 +388,7 @@ class Hmac:
             message = to_sign(operation, fields, timestamp, nonce)
         except LocalProtocolError:
             return AuthResult.FORBIDDEN  # values that no signer can have signed
-        for key, secret in zip(self._keys, self._secrets, strict=True):
+        for key, secret in self._keys:
             digest = secret.digest(message)
             if _same(received, _base64(digest)):
                 if key.rights is not None:
@@ -401,10 +401,12 @@ class Hmac:
         # the last moment at which the clock check above would let this value pass again
         expires = timestamp + self._lifetime
         verdict = self._replay.mark(digest, timestamp, expires, now)
-        return _VERDICTS[verdict]
+        if verdict is Verdict.NEW:
+            return AuthResult.OK
+        return AuthResult.FORBIDDEN if verdict is Verdict.USED else AuthResult.UNAVAILABLE
 
     def __repr__(self) -> str:
-        return f"Hmac({', '.join(key.id for key in self._keys)})"
+        return f"Hmac({', '.join(key.id for key, _ in self._keys)})"
 
 
 class _Nonces:
@@ -423,12 +425,6 @@ class _Nonces:
 
 
 _nonces = _Nonces()
-
-_VERDICTS = {
-    Verdict.NEW: AuthResult.OK,
-    Verdict.USED: AuthResult.FORBIDDEN,
-    Verdict.UNKNOWN: AuthResult.UNAVAILABLE,
-}
 
 
 def _code(secret: _Secret, message: bytes) -> str:

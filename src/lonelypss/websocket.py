@@ -478,13 +478,12 @@ class Connection:
             if self._work is not None:
                 work, self._work = self._work, None
                 await work
-            came = time.monotonic()
-            for number, frame in enumerate(burst, 1):
-                if (work_ := self._handle(session.receive(frame, time.time()), came)) is not None:
-                    await work_
-                if number % _BURST == 0:
-                    await asyncio.sleep(0)
-            burst = await socket.receive_burst()
+            left = self.arrived(burst)
+            if left is None:
+                burst = await socket.receive_burst()
+            else:
+                burst = left
+                await asyncio.sleep(0)
 
     def arrived(self, burst: list[bytes]) -> list[bytes] | None:
         """See `Burst.on_burst`. Deals with frames until one has to wait for something."""
