@@ -480,3 +480,24 @@ def test_every_header_tells_its_encoding() -> None:
     assert documented["x-subscriber-nonce"] == "32 bytes"
     assert documented["x-compression-level"] == "signed, at most 2 bytes, written with all 2"
     assert all(documented.values())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "a", "ü" * 100, "a" * 0xFFFF, "a" * 0x10000, "\udc80"],
+    ids=lambda v: f"{ascii(v)[:9]} {len(v or '')}",
+)
+def test_a_head_for_many(value: str | None) -> None:
+    fields: dict[str, Any] = {
+        "identifier": b"i",
+        "topic": b"t",
+        "compressed_length": 1,
+        "decompressed_length": 1,
+        "sha512": bytes(64),
+        "body": b"x",
+    }
+    unsigned = messages.Unsigned(messages.ReceiveStreamStart(**fields))
+    signed = messages.ReceiveStreamStart(authorization=value, **fields)
+    assert outcome(lambda: unsigned.frame(value, b"x")) == outcome(
+        lambda: messages.encode(signed, minimal=True)
+    )

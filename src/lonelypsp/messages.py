@@ -35,6 +35,7 @@ Buffer: TypeAlias = bytes | memoryview
 MINIMAL = 1
 _START = 1024
 """Bytes of a view that are copied to look for the headers of the ordinary case."""
+_TWO_LENGTHS = "an uncompressed body has one length, two differing ones are given"
 UNLIMITED = (1 << 64) - 1
 """The `max_size` of a compressor that takes bodies of any size."""
 
@@ -63,6 +64,9 @@ class Message:
         carries a recovery url; over websockets there is none."""
         return self._signed()
 
+    def check(self, error: type[ProtocolError]) -> None:
+        """Raises `error` for what no field can tell alone."""
+
 
 M = TypeVar("M", bound=Message)
 Classes: TypeAlias = dict[int, list[type[Message]]]
@@ -79,22 +83,6 @@ _UNPACK_FROM_SUBSCRIBER: Unpackers = {}
 _UNPACK_FROM_BROADCASTER: Unpackers = {}
 
 
-def _check(message: Message, error: type[ProtocolError]) -> None:
-    """What no field can tell alone. The sender's own hash is taken on trust."""
-    if not isinstance(message, _OF_A_LENGTH):
-        return
-    if message.compressor == 0 and message.compressed_length != message.decompressed_length:
-        raise error("an uncompressed body has one length, two differing ones are given")
-    if isinstance(message, Notify):
-        if message.compressed_length != len(message.body):
-            raise error(
-                f"x-compressed-length is {message.compressed_length:,},"
-                f" the body has {len(message.body):,} bytes"
-            )
-        if error is RemoteProtocolError and hashlib.sha512(message.body).digest() != message.sha512:
-            raise error("the body does not have the SHA-512 that came with it")
-
-
 def _prefix(kind: int) -> bytes:
     return _u16(MINIMAL) + _u16(kind)
 
@@ -106,7 +94,7 @@ def _u16(value: int) -> bytes:
 def _packer(cls: type[Message]) -> Callable[[Any], bytes]:
     source = Source()
     if "compressed_length" in cls.HEADERS:
-        source.line(f"{source.use(_check)}(_message, {source.use(LocalProtocolError)})")
+        source.line(f"_message.check({source.use(LocalProtocolError)})")
     parts = [repr(_prefix(cls.TYPE))]
     for name, header in cls.HEADERS.items():
         source.line(f"{name} = _message.{name}")
@@ -151,7 +139,7 @@ def _unpacked(cls: type[Message], source: Source) -> None:
     if cls.BODY is not None:
         source.line(f"_message.{cls.BODY} = memoryview(_frame)[_at:]")
     if "compressed_length" in cls.HEADERS:
-        source.line(f"{source.use(_check)}(_message, {source.use(RemoteProtocolError)})")
+        source.line(f"_message.check({source.use(RemoteProtocolError)})")
     source.line("return _message")
 
 
@@ -205,6 +193,10 @@ class StreamStart(Message):
     decompressed_length: Annotated[int, h.DECOMPRESSED_LENGTH]
     sha512: Annotated[bytes, h.COMPRESSED_SHA512]
     body: Annotated[Buffer, h.BODY]
+
+    def check(self, error: type[ProtocolError]) -> None:
+        if self.compressor == 0 and self.compressed_length != self.decompressed_length:
+            raise error(_TWO_LENGTHS)
 
 
 @_message
@@ -270,6 +262,18 @@ class Notify(Message):
     decompressed_length: Annotated[int, h.DECOMPRESSED_LENGTH]
     sha512: Annotated[bytes, h.COMPRESSED_SHA512]
     body: Annotated[Buffer, h.BODY]
+
+    def check(self, error: type[ProtocolError]) -> None:
+        if self.compressor == 0 and self.compressed_length != self.decompressed_length:
+            raise error(_TWO_LENGTHS)
+        if self.compressed_length != len(self.body):
+            raise error(
+                f"x-compressed-length is {self.compressed_length:,},"
+                f" the body has {len(self.body):,} bytes"
+            )
+        # the sender's own hash is taken on trust
+        if error is RemoteProtocolError and hashlib.sha512(self.body).digest() != self.sha512:
+            raise error("the body does not have the SHA-512 that came with it")
 
 
 @_from_subscriber(7, "NOTIFY")
@@ -397,9 +401,6 @@ class Missed(Message):
     topic: Annotated[bytes, h.TOPIC]
 
 
-_OF_A_LENGTH = (Notify, StreamStart)
-
-
 def encode(message: Message, *, minimal: bool) -> bytes:
     """The frame of `message`.
 
@@ -440,12 +441,17 @@ class Unsigned:
     def frame(self, authorization: str | None, body: Buffer) -> bytes:
         if not authorization:
             return b"".join((self._unsigned, body))
-        value = h.AUTHORIZATION.encode(authorization)
-        return b"".join((self._start, _u16(len(value)), value, self._behind, body))
+        try:
+            value = authorization.encode()
+            length = len(value).to_bytes(2)
+        except (UnicodeError, OverflowError):
+            h.AUTHORIZATION.encode(authorization)  # says what is wrong
+            raise
+        return b"".join((self._start, length, value, self._behind, body))
 
 
 def _encode_head(message: Message, minimal: bool) -> bytes:
-    _check(message, LocalProtocolError)
+    message.check(LocalProtocolError)
     parts = [_u16(MINIMAL if minimal else 0), _u16(message.TYPE)]
     if not minimal:
         parts.append(_u16(len(message.HEADERS)))
@@ -499,7 +505,7 @@ def _walk(data: Buffer, known: Classes) -> Message:
     if cls.BODY is not None:
         fields[cls.BODY] = memoryview(data)[reader.offset :]
     message = cls(**fields)
-    _check(message, RemoteProtocolError)
+    message.check(RemoteProtocolError)
     return message
 
 
