@@ -12,6 +12,7 @@ import builtins
 import io
 import random
 import ssl
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -768,8 +769,18 @@ async def test_a_large_file_is_sent_again_from_where_it_began() -> None:
         assert got == [data]
 
 
-async def test_a_cancelled_large_message_stops_before_it_begins() -> None:
+async def test_a_cancelled_large_message_stops_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """While it is packed; one that was begun has to be sent to its end."""
+    packing, cancelled = threading.Event(), threading.Event()
+
+    def pack(*given: Any, **options: Any) -> bytes:
+        packing.set()
+        assert cancelled.wait(DEADLINE)
+        return compress(*given, **options)
+
+    monkeypatch.setattr(ws_client, "compress", pack)
 
     async def enable(talk: Conversation) -> None:
         talk.session = s.BroadcasterSession(AuthConfig(Nothing(), Nothing()), allow_zstd=True)
@@ -783,8 +794,10 @@ async def test_a_cancelled_large_message_stops_before_it_begins() -> None:
         link: Any = client._transport.link  # type: ignore[attr-defined]
         await until(lambda: link.session.compressors)
         call = asyncio.create_task(client.notify(topic=b"cancelled", data=bytes(3_000_000)))
-        await until(lambda: link._streaming)
+        await until(packing.is_set)
         call.cancel()
+        await asyncio.wait((call,))
+        cancelled.set()
         assert (await client.notify(topic=b"t", data=b"")).notified == 1
         assert server.topics == [b"t"]
         assert not link._sent
