@@ -72,7 +72,8 @@ class MissedNotices:
         self.leases = leases
         self._wake = asyncio.Event()
         self._next_look = math.inf
-        """When it will look without being woken; infinite while it looks."""
+        """When it will look without being woken."""
+        self._timer: asyncio.Timeout | None = None
         self._under_way: set[asyncio.Task[None]] = set()
         self._at_host: Counter[Origin] = Counter()
         self._at_failing = 0
@@ -122,8 +123,14 @@ class MissedNotices:
         due = time.time() + delay
         await self.store.record_missed(items, due)
         self.metrics.notice("recorded", len(items))
+        self._look_by(due)
+
+    def _look_by(self, due: float) -> None:
+        """Something will be due then."""
         if due < self._next_look:
-            self._wake.set()
+            self._next_look = due
+            if self._timer is not None and not self._timer.expired():
+                self._timer.reschedule(asyncio.get_running_loop().time() + _until(due))
 
     async def journal(self, items: Sequence[tuple[Subscription, bytes]], grace: float) -> None:
         """Notes as a precaution what may turn out not to be reached, due after `grace` seconds.
@@ -171,13 +178,14 @@ class MissedNotices:
             while True:
                 self._wake.clear()
                 self._next_look = math.inf
-                pause = await self._sweep()
-                self._next_look = time.time() + pause
+                self._look_by(time.time() + await self._sweep())
                 try:
-                    async with asyncio.timeout(pause):
+                    async with asyncio.timeout(_until(self._next_look)) as self._timer:
                         await self._wake.wait()
                 except TimeoutError:
                     pass
+                finally:
+                    self._timer = None
         finally:
             for task in self._under_way:
                 task.cancel()
@@ -210,7 +218,7 @@ class MissedNotices:
         except Exception:
             log.exception("looking for MISSED notices failed in an unforeseen way")
             return pause
-        return pause if due is None else min(pause, max(0.02, due - time.time()))
+        return pause if due is None else min(pause, _until(due))
 
     def _start(self, notices: list[MissedNotice]) -> float | None:
         """Begins to send what they share, if it is its turn; else when to look at it again."""
@@ -246,7 +254,8 @@ class MissedNotices:
         if not self._at_host[origin]:
             del self._at_host[origin]
             self._again.pop(origin, None)
-        self._wake.set()
+        if len(self._under_way) == MAX_UNDER_WAY - 1:
+            self._wake.set()  # it may have stopped for want of room
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a MISSED notice failed in an unforeseen way", exc_info=error)
 
@@ -297,8 +306,7 @@ class MissedNotices:
             )
             self.metrics.notice("confirmed")
             await self.leases.seen_at_last(notice.url)
-            for each in notices:
-                await self.store.finish_missed(each, time.time())
+            await self._finish(notices)
             return
         delay = self.config.missed_delay(notice.attempts + 1)
         what_next = "given up" if delay is None else f"again in {delay:.0f} s"
@@ -316,11 +324,22 @@ class MissedNotices:
         )
         self.metrics.notice("given_up" if delay is None else "retried")
         due = time.time() + max(delay or 0.0, wish(failure))
+        if delay is None:
+            await self._finish(notices)
+            return
         for each in notices:
-            if delay is None:
-                await self.store.finish_missed(each, time.time())
-            else:
-                await self.store.retry_missed(each, due)
+            await self.store.retry_missed(each, due)
+        self._look_by(due)
+
+    async def _finish(self, notices: Sequence[MissedNotice]) -> None:
+        for each in notices:
+            await self.store.finish_missed(each, time.time())
+        self._wake.set()  # those that failed again meanwhile are due at once
+
+
+def _until(due: float) -> float:
+    """Seconds to wait for it; timers of uvloop may be early by half a millisecond."""
+    return max(0.02, due - time.time() + 0.001)
 
 
 def _shared(notices: Sequence[MissedNotice]) -> Iterable[list[MissedNotice]]:

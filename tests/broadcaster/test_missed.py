@@ -105,6 +105,23 @@ async def test_what_is_not_due_wakes_nobody() -> None:
         await until(lambda: looks > 0)
 
 
+async def test_it_looks_only_when_something_is_due() -> None:
+    async with Subscriber(lambda r: reply(b"", 500)) as subscriber:
+        async with announcing(missed_constant=0.1) as one:
+            found = []
+            claim = one.store.claim_missed
+
+            async def noted(*arguments: Any) -> Any:
+                found.append(claimed := await claim(*arguments))
+                return claimed
+
+            one.store.claim_missed = noted  # type: ignore[method-assign]
+            await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
+            await notify(one)
+            await until(lambda: len(notices(subscriber)) == 6)
+            assert found.count([]) < 5
+
+
 NOT_CONFIRMED: dict[str, Any] = {
     "empty": lambda r, s: reply(),
     "another type": lambda r, s: reply(b"\0\x08\0\0\0\0"),
