@@ -37,6 +37,7 @@ bench: $(VENV)/.dev-stamp
 	@test -f benchmarks/run.py || { echo "no benchmarks/run.py yet; see benchmarks/"; exit 1; }
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run.py --suite websocket
+	$(BIN)/python benchmarks/start.py --write
 	$(BIN)/python benchmarks/subscriptions.py --write
 
 fuzz: $(VENV)/.dev-stamp

@@ -29,7 +29,7 @@ DEAD = (4, 3, 3)
 """Hosts among them that refuse connections, that never answer, and that cannot be reached."""
 MOST_LEARNING = 10
 """Messages after which dead hosts that still delay are taken for what they are."""
-FANS = ("fan1", "fan10", "fan100", "fan")
+FANS = ("fan1", "fan10", "fan100", "fan", "fan16")
 OLDER_HMAC = ("older, hmac", "older, hmac, no uvloop")
 OLDER_NONE = ("older, none", "older, none, no uvloop")
 PATIENCE = 90.0
@@ -378,7 +378,7 @@ class Broker(Contestant):
         self.mode = mode
         self.workloads = ("one", "many", "pipe")
         if mode == "confirmed":
-            self.workloads += ("fan",)
+            self.workloads += ("fan", "fan16")
         self._kind = kind
         self._share = share
         self._seats: Seats | None = None

@@ -16,6 +16,7 @@ import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import bars
 import report
 from contestants import CROWD, DEAD, Contestant, Trial, Workload, contestants
 from environments import UnavailableError
@@ -23,6 +24,9 @@ from processes import ChildError
 
 _ONE = Workload("one", "Notify one at a time", "one", 1, 1, 20_000, 3.0)
 _MANY = Workload("many", "Notify with 32 in flight", "one", 32, 1, 60_000, 3.0)
+_FAN16 = Workload(
+    "fan16", "16 messages in flight to 1,000 websockets", "fan", 16, CROWD, 2_000, 3.0
+)
 _FAN = Workload("fan", "One message at a time to 1,000 subscribers", "fan", 1, CROWD, 500, 3.0)
 _SUBSCRIBE = Workload(
     "subscribe", "Subscribe, then unsubscribe, with 32 in flight", "subscribe", 32, 1, 60_000, 2.0
@@ -40,8 +44,14 @@ SUITES = {
         Workload("fan10", "One message at a time to 10 websockets", "fan10", 1, 10, 20_000, 2.0),
         Workload("fan100", "One message at a time to 100 websockets", "fan100", 1, 100, 5_000, 2.0),
         _FAN,
+        _FAN16,
     ),
 }
+TARGETS: dict[str, dict[str, float]] = {
+    "http": {"one": 2_500, "many": 6_000, "subscribe": 5_000, "fan": 25_000},
+    "websocket": {"pipe": 20_000, "fan": 60_000, "fan16": 60_000},
+}
+"""Per second, of "lonelyps, hmac"."""
 QUICK_SECONDS = 0.7
 WARM_UP_SECONDS = 0.5
 
@@ -144,7 +154,10 @@ async def main() -> None:
     whole = not (arguments.quick or arguments.only)
     if whole or arguments.output:
         data = {"machine": about, "packages": versions, "results": results, "missing": missing}
-        report.write(suite, text, data, directory=arguments.output or report.HERE / "results")
+        directory = arguments.output or report.HERE / "results"
+        report.write(suite, text, data, directory=directory)
+        panels = [(w.title, TARGETS[suite].get(w.key), results[w.key]) for w in workloads]
+        (directory / f"{suite}.svg").write_text(bars.chart(panels))
     if whole and not arguments.output:
         report.into_readme(suite, text)
 

@@ -23,6 +23,8 @@ class Crowd:
         self.all_ready = asyncio.Event()
         self.received = roles.Received()
         self.speaker: Connection | None = None
+        self._got: dict[bytes, int] = {}
+        """Of each message that not all have got, how many have."""
 
     def one_ready(self) -> None:
         self.ready += 1
@@ -31,9 +33,13 @@ class Crowd:
 
     def message(self, frame: bytes) -> None:
         self.received.add()
-        if self.received.count % self.size == 0:
-            assert self.speaker is not None
-            self.speaker.confirm(frame, self.size)
+        assert self.speaker is not None
+        key = self.speaker.key(frame)
+        got = self._got.pop(key, 0) + 1
+        if got == self.size:
+            self.speaker.confirm(key, self.size)
+        else:
+            self._got[key] = got
 
 
 class Connection(asyncio.Protocol):
@@ -75,7 +81,11 @@ class Connection(asyncio.Protocol):
     def line(self, line: bytes) -> None: ...
 
     @abstractmethod
-    def confirm(self, frame: bytes, count: int) -> None: ...
+    def key(self, frame: bytes) -> bytes:
+        """What the publisher knows a message by."""
+
+    @abstractmethod
+    def confirm(self, key: bytes, count: int) -> None: ...
 
 
 class Redis(Connection):
@@ -93,9 +103,11 @@ class Redis(Connection):
         if line == b":1\r\n" and self is not self._crowd.speaker:  # the end of "subscribed"
             self._crowd.one_ready()
 
-    def confirm(self, frame: bytes, count: int) -> None:
-        number = frame[-len(roles.BODY) - 2 :][:16]
-        self.transport.write(b"PUBLISH replies " + number + b"\r\n")
+    def key(self, frame: bytes) -> bytes:
+        return frame[-len(roles.BODY) - 2 :][:16]
+
+    def confirm(self, key: bytes, count: int) -> None:
+        self.transport.write(b"PUBLISH replies " + key + b"\r\n")
 
 
 class Nats(Connection):
@@ -114,11 +126,13 @@ class Nats(Connection):
         elif line == b"PING\r\n":
             self.transport.write(b"PONG\r\n")
 
-    def confirm(self, frame: bytes, count: int) -> None:
+    def key(self, frame: bytes) -> bytes:
         # MSG <subject> <sid> <reply to> <length>
-        reply = frame[: frame.index(b"\r\n")].split(b" ")[3]
+        return frame[: frame.index(b"\r\n")].split(b" ")[3]
+
+    def confirm(self, key: bytes, count: int) -> None:
         text = b"%d" % count
-        self.transport.write(b"PUB %b %d\r\n%b\r\n" % (reply, len(text), text))
+        self.transport.write(b"PUB %b %d\r\n%b\r\n" % (key, len(text), text))
 
 
 async def main(kind: str, port: str, topic: str, connections: str) -> None:

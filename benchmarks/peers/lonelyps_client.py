@@ -23,9 +23,7 @@ from typing import Any
 import roles
 
 from lonelypsc.config.http_config import make_http_pub_sub_config
-from lonelypsc.config.ws_config import make_websocket_pub_sub_config
 from lonelypsc.http_client import HttpPubSubClient
-from lonelypsc.ws_client import WebsocketPubSubClient
 
 PIECE = 256 * 1024
 
@@ -71,6 +69,8 @@ def reference(common: dict[str, Any], secrets: Path | None, tracing: Any) -> Any
 
 
 def reference_websocket(broadcasters: list[Any], secrets: Path | None) -> Any:
+    from lonelypsc.config.ws_config import make_websocket_pub_sub_config
+
     return make_websocket_pub_sub_config(
         broadcasters=broadcasters,
         outgoing_initial_connect_retries=2,
@@ -102,13 +102,19 @@ async def no_listener(router: Any) -> None:
 async def entered(
     role: str, implementation: str, broadcaster: str, port: int, secrets: Path | None
 ) -> AsyncIterator[Any]:
-    listener = {"type": "uvicorn", "host": "127.0.0.1", "port": port}
+    bind: dict[str, Any] = {"type": "uvicorn", "host": "127.0.0.1", "port": port}
+    if role == "publisher":  # the older one always has a router
+        ours = implementation == "ours"
+        bind = {"type": "none"} if ours else {"type": "manual", "callback": no_listener}
     common = {
-        "bind": listener if role == "subscriber" else {"type": "manual", "callback": no_listener},
+        "bind": bind,
         "host": f"http://127.0.0.1:{port}",
         "broadcasters": [{"host": broadcaster}],
     }
     if broadcaster.startswith("ws"):
+        from lonelypsc.config.ws_config import make_websocket_pub_sub_config
+        from lonelypsc.ws_client import WebsocketPubSubClient
+
         broadcasters = [{"host": broadcaster}]
         if implementation == "ours":
             config = make_websocket_pub_sub_config(
