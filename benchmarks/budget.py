@@ -15,6 +15,7 @@ import asyncio
 import base64
 import gc
 import hashlib
+import itertools
 import os
 import resource
 import sqlite3
@@ -306,6 +307,7 @@ def steps(rounds: int, directory: Path) -> dict[str, float]:
     fields = {"topic": TOPIC, "identifier": b"12345678", "sha512": SHA512, "tracing": b""}
     fields |= {"url": URL, "num_subscribers": 1, "subscribers": 1}
     value = PEER.to_subscriber.authorize("CONFIRM_NOTIFY", fields, now)
+    codes = (number.to_bytes(16) + bytes(48) for number in itertools.count())
     memory, guard = ReplayGuard(), FileReplayGuard(str(directory / "steps"))
     database = sqlite3.connect(directory / "versions", isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
@@ -317,10 +319,10 @@ def steps(rounds: int, directory: Path) -> dict[str, float]:
         "sign": step(rounds, lambda: sign("CONFIRM_NOTIFY", fields, now)),
         "verify": step(rounds, lambda: check("CONFIRM_NOTIFY", fields, value, now)),
         "remember a signature, in memory": step(
-            rounds, lambda: memory.mark(os.urandom(64), now, now + 120, now)
+            rounds, lambda: memory.mark(next(codes), now, now + 120, now)
         ),
         "remember a signature, in a file": step(
-            rounds, lambda: guard.mark(os.urandom(64), now, now + 120, now)
+            rounds, lambda: guard.mark(next(codes), now, now + 120, now)
         ),
         "ask SQLite whether anything has changed": step(
             rounds, lambda: database.execute("PRAGMA data_version").fetchone()
