@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from lonelypsp.bodies import (
@@ -272,19 +272,25 @@ class Routes:
         if head.etag_format != ETAG_FORMAT:
             raise RemoteProtocolError(f"etag format {head.etag_format} is not {ETAG_FORMAT}")
         signed = {"etag_format": head.etag_format, "etag": head.etag}
-        listed = partial(_listed, body)
+        decoded = cache(partial(decode, SetSubscriptions, body))
+
+        def listed() -> tuple[Sequence[Any], Sequence[Any]]:
+            return decoded().exact, decoded().globs
+
         await self._allow(scope, head.tracing, {"url": head.url, "listed": listed, **signed})
         if len(body) < LONG_LIST:
-            request = self._checked_list(scope, body)
+            request = self._checked_list(scope, decoded)
         else:
-            request = await asyncio.to_thread(self._checked_list, scope, body)
+            request = await asyncio.to_thread(self._checked_list, scope, decoded)
         await self.store.set_subscriptions(request.url, request.exact, request.globs)
         if request.exact or request.globs:
             self.leases.seen(request.url)
         return self._generic(scope, signed)
 
-    def _checked_list(self, scope: Scope, body: bytes) -> SetSubscriptions:
-        request = decode(SetSubscriptions, body)
+    def _checked_list(
+        self, scope: Scope, decoded: Callable[[], SetSubscriptions]
+    ) -> SetSubscriptions:
+        request = decoded()
         if strong_etag(request.url, request.exact, request.globs) != request.etag:
             raise RemoteProtocolError("the etag is not that of the list that came with it")
         recoveries = {r for _, r in request.exact} | {r for _, r in request.globs}
@@ -397,13 +403,6 @@ def _endpoint(scope: Scope) -> Endpoint:
     """The row of the protocol's table, also when the router is mounted under a prefix."""
     path: str = scope["path"]
     return BROADCASTER_ENDPOINTS[path[path.rindex("/v1/") :]]
-
-
-def _listed(
-    body: bytes,
-) -> tuple[Sequence[tuple[bytes, str | None]], Sequence[tuple[str, str | None]]]:
-    request = decode(SetSubscriptions, body)
-    return request.exact, request.globs
 
 
 def _etag(url: str, rows: Sequence[Subscription]) -> bytes:

@@ -73,7 +73,7 @@ class Recorded(Hmac):
 
     def authorize(self, operation: str, fields: Any, now: float) -> str:
         message = to_sign(operation, fields, int(now), ABOUT["nonce"])
-        return f"X-HMAC {int(now)}:{ABOUT['nonce']}:{hmac_code(self._secrets[0], message)}"
+        return f"X-HMAC {int(now)}:{ABOUT['nonce']}:{hmac_code(self._first, message)}"
 
 
 def recorded_auth() -> AuthConfig:
