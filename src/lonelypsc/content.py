@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import BinaryIO
@@ -17,6 +18,9 @@ Progress = Callable[[int, int], None]
 SMALL = 64 * 1024
 """Bytes up to which a message is sent in one piece with its head."""
 _PIECE = 1024 * 1024
+_BUFFER = 256 * 1024
+_BUFFERED = (io.BufferedReader, io.BufferedRandom)
+_STRETCH = 32 * 1024 * 1024  # bytes hashed by one call of a thread, which cancelling does not stop
 
 
 class Content:
@@ -70,9 +74,27 @@ class Content:
             if self.length <= SMALL and self._view is not None:
                 hasher.update(self._view)
             else:
-                async for piece in self._pieces():
-                    await asyncio.to_thread(hasher.update, piece)
+                for at in range(0, self.length, _STRETCH):
+                    await asyncio.to_thread(self._hash, hasher, at, min(at + _STRETCH, self.length))
             self.sha512 = hasher.digest()
+
+    def _hash(self, hasher: hashlib._Hash, at: int, end: int) -> None:
+        if self._view is not None:
+            hasher.update(self._view[at:end])
+            return
+        assert self._file is not None
+        file = _plain(self._file)
+        buffer = memoryview(bytearray(_BUFFER))  # one for all, since fresh memory takes time
+        while at < end:
+            if file is None:
+                piece = self.read(at, min(_PIECE, end - at))
+            else:
+                size = os.preadv(file.fileno(), [buffer[: end - at]], self._offset + at)
+                piece = buffer[:size]
+            if not piece:
+                raise self._shorter(at)
+            hasher.update(piece)
+            at += len(piece)
 
     async def _measure(self) -> int:
         if self._view is not None:
@@ -114,7 +136,7 @@ class Content:
         while at < offset + size:
             piece = self._read_at(self._offset + at, offset + size - at)
             if not piece:
-                raise ValueError(f"notify: the file ends at {at:,} of {self.length:,} bytes")
+                raise self._shorter(at)
             pieces.append(piece)
             at += len(piece)
         return b"".join(pieces)
@@ -142,7 +164,7 @@ class Content:
             else:
                 piece = await asyncio.to_thread(self._read_at, self._offset + at, size)
                 if not piece:
-                    raise ValueError(f"notify: the file ends at {at:,} of {self.length:,} bytes")
+                    raise self._shorter(at)
                 size = len(piece)
                 yield piece
             at += size
@@ -152,3 +174,12 @@ class Content:
         with self._seeking:
             self._file.seek(offset)
             return self._file.read(size)
+
+    def _shorter(self, at: int) -> ValueError:
+        return ValueError(f"notify: the file ends at {at:,} of {self.length:,} bytes")
+
+
+def _plain(file: BinaryIO) -> io.FileIO | None:
+    """The file of the system that `file` has the bytes of, if it does nothing else to them."""
+    raw: object = getattr(file, "raw", None) if type(file) in _BUFFERED else file
+    return raw if type(raw) is io.FileIO and hasattr(os, "preadv") else None

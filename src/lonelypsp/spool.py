@@ -24,7 +24,7 @@ from typing import BinaryIO
 from lonelypsp.errors import RemoteProtocolError
 
 _MOST_AT_ONCE = 64  # pieces in one system call
-_PIECE = 256 * 1024  # bytes that are read, hashed and written together: they stay in the cache
+_PIECE = 512 * 1024  # bytes; less is not worth a thread for the hash, more leaves the cache
 DEFAULT_MEMORY_LIMIT = 10 * 1024 * 1024
 _hashers = ThreadPoolExecutor(os.cpu_count(), "hash")
 

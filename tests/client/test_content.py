@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import gzip
 import hashlib
 import io
 import os
@@ -172,3 +173,28 @@ async def test_two_tries_do_not_move_each_others_file() -> None:
     other.set()
     first.join()
     assert sorted(got) == [b"abc", b"def"]
+
+
+async def test_what_only_looks_like_a_file(tmp_path: Path) -> None:
+    """`fileno` of a compressed file is that of what it is compressed to."""
+    with gzip.open(tmp_path / "f.gz", "wb") as packed:
+        packed.write(BIG)
+    with gzip.open(tmp_path / "f.gz", "rb") as file:
+        content = made_of(file)
+        await content.prepare()
+        assert content.sha512 == hashlib.sha512(BIG).digest()
+
+
+async def test_what_was_written_is_hashed_before_it_is_on_disk(tmp_path: Path) -> None:
+    with open(tmp_path / "f", "w+b", buffering=2**20) as file:
+        file.write(b"abc" * 50_000)
+        file.seek(0)
+        file.write(b"x")
+        file.seek(0)
+        content = made_of(file)
+        await content.prepare()
+        assert content.sha512 == hashlib.sha512(b"xbc" + b"abc" * 49_999).digest()
+
+
+def made_of(file: Any) -> Content:
+    return Content(data=None, sync_file=file, length=None, sha512=None, progress=None)
