@@ -180,8 +180,8 @@ def test_files_follow_the_rate_not_the_run_time(
 def test_what_others_put_there_stays(
     file_guard: Callable[..., FileReplayGuard], tmp_path: Path
 ) -> None:
-    guard = file_guard()
-    (tmp_path / "replay" / "notes").touch()
+    guard = file_guard(max_codes=2)
+    (tmp_path / "replay" / "notes").write_bytes(bytes(1000))
     assert guard.mark(code(1), START, START + T, START) is NEW
     assert guard.mark(code(2), START + 500, START + 500 + T, START + 500) is NEW
     assert {f.name for f in (tmp_path / "replay").iterdir()} == {"notes", str(START + 500)}

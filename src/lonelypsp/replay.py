@@ -192,7 +192,7 @@ class FileReplayGuard:
             the last seconds are in memory as well.
 
     Raises:
-        OSError: the directory cannot be made, or not be written.
+        OSError: the directory cannot be made, read or written.
     """
 
     def __init__(self, path: str, *, max_codes: int = DEFAULT_MAX_CODES) -> None:
@@ -208,7 +208,7 @@ class FileReplayGuard:
             os.makedirs(path, mode=0o700, exist_ok=True)
         except FileExistsError:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        if not os.access(path, os.W_OK | os.X_OK):
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def mark(self, code: bytes, timestamp: float, expires: float, now: float) -> Verdict:
@@ -241,7 +241,9 @@ class FileReplayGuard:
         size = 0
         with os.scandir(self._path) as entries:
             for entry in entries:
-                stamp = int(entry.name) if entry.name.isdecimal() else math.inf
+                if not entry.name.isdecimal():
+                    continue  # not ours
+                stamp = int(entry.name)
                 with suppress(FileNotFoundError):  # others look, too
                     if stamp + self._lifetime >= now:
                         size += entry.stat().st_size
