@@ -73,7 +73,9 @@ def _guard(replay: str | os.PathLike[str] | None) -> Remembers:
     try:
         return FileReplayGuard(os.fspath(replay))
     except OSError as e:
-        why = f"cannot remember used signatures: {e.strerror}"
+        why = f"cannot remember used signatures there: {e.strerror}"
+        if isinstance(e, NotADirectoryError):
+            why += "; it is a directory now, a file of before can be deleted"
         raise ConfigError(f"{os.fspath(replay)}: {why}") from None
 
 

@@ -274,6 +274,12 @@ def test_where_signatures_are_remembered(secrets: Path, tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == before
 
 
+def test_signatures_cannot_be_remembered_in_a_file(secrets: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.db.replay").touch()
+    with pytest.raises(ConfigError, match=r"one\.db\.replay: .*a file of before can be deleted"):
+        load_auth(secrets, db=f"sqlite:///{tmp_path}/one.db")
+
+
 # Keys with rights
 
 
