@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # tests wait more than they compute; JOBS=0 runs them one after the other
 JOBS ?= 4
+# the message of benchmarks/large_body.py in memory, which takes 23 GB of it and as much disk
+LARGE ?= --directory /dev/shm --warm .
 
 .PHONY: help demo test lint types bench docs fuzz clean
 
@@ -39,6 +41,7 @@ bench: $(VENV)/.dev-stamp
 	$(BIN)/python benchmarks/run.py --suite websocket
 	$(BIN)/python benchmarks/start.py --write
 	$(BIN)/python benchmarks/subscriptions.py --write
+	$(BIN)/python benchmarks/large_body.py --write $(LARGE)
 
 fuzz: $(VENV)/.dev-stamp
 	LONELYPS_FUZZ=1 $(BIN)/python -m pytest -q -p no:cacheprovider --hypothesis-seed=random \
