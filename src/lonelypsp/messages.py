@@ -35,7 +35,6 @@ Buffer: TypeAlias = bytes | memoryview
 MINIMAL = 1
 _START = 1024
 """Bytes of a view that are copied to look for the headers of the ordinary case."""
-_TWO_LENGTHS = "an uncompressed body has one length, two differing ones are given"
 UNLIMITED = (1 << 64) - 1
 """The `max_size` of a compressor that takes bodies of any size."""
 
@@ -178,6 +177,11 @@ def _from_broadcaster(kind: int, operation: str) -> Callable[[type[M]], type[M]]
     return _registered(FROM_BROADCASTER, _UNPACK_FROM_BROADCASTER, kind, operation)
 
 
+def _check_lengths(message: StreamStart | Notify, error: type[ProtocolError]) -> None:
+    if message.compressor == 0 and message.compressed_length != message.decompressed_length:
+        raise error("an uncompressed body has one length, two differing ones are given")
+
+
 # both directions: a body that travels in parts
 @_message
 class StreamStart(Message):
@@ -195,8 +199,7 @@ class StreamStart(Message):
     body: Annotated[Buffer, h.BODY]
 
     def check(self, error: type[ProtocolError]) -> None:
-        if self.compressor == 0 and self.compressed_length != self.decompressed_length:
-            raise error(_TWO_LENGTHS)
+        _check_lengths(self, error)
 
 
 @_message
@@ -264,8 +267,7 @@ class Notify(Message):
     body: Annotated[Buffer, h.BODY]
 
     def check(self, error: type[ProtocolError]) -> None:
-        if self.compressor == 0 and self.compressed_length != self.decompressed_length:
-            raise error(_TWO_LENGTHS)
+        _check_lengths(self, error)
         if self.compressed_length != len(self.body):
             raise error(
                 f"x-compressed-length is {self.compressed_length:,},"
@@ -443,7 +445,7 @@ class Unsigned:
             return b"".join((self._unsigned, body))
         try:
             value = authorization.encode()
-            length = len(value).to_bytes(2)
+            length = _u16(len(value))
         except (UnicodeError, OverflowError):
             h.AUTHORIZATION.encode(authorization)  # says what is wrong
             raise
