@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from broadcaster.harness import until
 from conversation import Conversation
 from lonelypsc.listener import Listener, answer
 from lonelypsp.guard import HttpLimits, read_into
@@ -81,24 +82,14 @@ async def serving(**limits: Any) -> AsyncIterator[tuple[App, int]]:
     before = len(list(FDS.iterdir()))
     try:
         yield app, listener.port
-        for _ in range(500):  # the connection is closed a little later
-            if len(list(FDS.iterdir())) <= before:
-                break
-            await asyncio.sleep(0.01)
-        else:
-            pytest.fail("a file or a socket is left open")
+        # the connection is closed a little later
+        await until(lambda: len(list(FDS.iterdir())) <= before)
     finally:
         await listener.stop()
 
 
 def request(path: bytes = b"") -> bytes:
     return HEAD % (path, SIZE) + DATA
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_requests_follow_on_the_same_connection() -> None:
@@ -115,9 +106,11 @@ async def test_in_pieces() -> None:
     async with serving() as (app, port):
         async with Conversation(port) as conversation:
             whole = request()
+            head = len(whole) - SIZE
             for at in range(0, len(whole), 100_000):
                 await conversation.send(whole[at : at + 100_000])
-                await asyncio.sleep(0.002)
+                sent = min(at + 100_000, len(whole)) - head
+                await until(lambda: app.spool is not None and app.spool.written == sent)  # noqa: B023
             assert (await conversation.receive(1))[0] == [200]
         assert (app.told, app.direct) == (["whole"], [True])
 

@@ -82,7 +82,7 @@ async def test_notice_once_and_the_subscription_stays(auth: str) -> None:
         assert len(notices(subscriber)) == 2
 
 
-async def test_what_is_not_due_wakes_nobody() -> None:
+async def test_what_is_not_due_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Subscriber() as subscriber, announcing(missed_constant=5.0) as one:
         subscriber.handler = failing(subscriber)
         await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
@@ -96,7 +96,7 @@ async def test_what_is_not_due_wakes_nobody() -> None:
             looks += 1
             return await claim(*arguments)
 
-        one.store.claim_missed = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(one.store, "claim_missed", counted)
         for _ in range(20):
             await notify(one)
         assert looks == 0
@@ -105,7 +105,7 @@ async def test_what_is_not_due_wakes_nobody() -> None:
         await until(lambda: looks > 0)
 
 
-async def test_it_looks_only_when_something_is_due() -> None:
+async def test_it_looks_only_when_something_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Subscriber(lambda r: reply(b"", 500)) as subscriber:
         async with announcing(missed_constant=0.1) as one:
             found = []
@@ -115,7 +115,7 @@ async def test_it_looks_only_when_something_is_due() -> None:
                 found.append(claimed := await claim(*arguments))
                 return claimed
 
-            one.store.claim_missed = noted  # type: ignore[method-assign]
+            monkeypatch.setattr(one.store, "claim_missed", noted)
             await subscribed(one.store, subscriber.url, b"t", subscriber.recovery)
             await notify(one)
             await until(lambda: len(notices(subscriber)) == 6)
