@@ -55,7 +55,7 @@ def run(
 
 
 class Program:
-    """A running program whose output can be waited for."""
+    """A running program whose output can be waited for, and is shown when the test fails."""
 
     def __init__(self, argv: list[str], cwd: Path, env: dict[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -75,6 +75,7 @@ class Program:
         assert self.process.stdout is not None
         with self.process.stdout as out:
             for line in out:
+                print(f"[{self.process.pid}] {line}", end="")
                 self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
