@@ -376,6 +376,38 @@ async def test_who_acknowledges_nothing_is_disconnected_alone() -> None:
             assert counts[-1] == 1
 
 
+async def test_who_fell_behind_can_catch_up() -> None:
+    """In a turn of its own it may acknowledge more than others may send it meanwhile."""
+    async with (
+        running() as server,
+        websocket_peer(server.url) as subscriber,
+        websocket_peer(server.url) as publisher,
+    ):
+        await subscriber.subscribe(b"t")
+        assert await publisher.notify(b"t", b"so that the topic is known") == 1
+        await subscriber.message()
+        subscriber.acknowledges = False
+        hub, now = server.broadcaster.websockets, time.time()
+        (behind,) = (c for c in hub.connections if c.session.topics)
+        (busy,) = hub.connections - {behind}
+
+        payload = publisher.payload(b"t", b"x")
+        messages = [publisher.session.notify(payload, b"x", now) for _ in range(128)]
+        turns = 0
+        while messages:
+            messages = busy.arrived(messages) or []
+            turns += 1
+        acknowledgements = []
+        while len(acknowledgements) < 128:
+            acknowledgements += subscriber.session.answer(await subscriber.event(), now)
+        while acknowledgements:
+            acknowledgements = behind.arrived(acknowledgements) or []
+            turns -= 4
+        assert turns >= 0
+        assert [(await publisher.answer()).subscribers for _ in range(128)] == [1] * 128
+        assert behind.session.room == behind.session.limits.unanswered
+
+
 async def test_bytes_that_wait_are_bounded() -> None:
     options: Any = {"websocket_send_max_unacknowledged": 1, "websocket_max_pending_bytes": 10_000}
     async with running(**options) as server:
