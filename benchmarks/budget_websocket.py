@@ -39,7 +39,7 @@ from lonelypsp.replay import FileReplayGuard
 from lonelypsp.signing import AuthConfig, Nothing
 from lonelypss.app import create_app
 from lonelypss.config import BroadcasterConfig
-from lonelypss.server import _WebSocket
+from lonelypss.server import websocket_protocol
 
 BODY = b"x" * 200
 SHA512 = hashlib.sha512(BODY).digest()
@@ -126,7 +126,7 @@ class Peer:
 
     def __init__(self, kind: str, config: Config) -> None:
         self.wire = Wire()
-        self.protocol = _WebSocket(config, ServerState(), {})
+        self.protocol = websocket_protocol()(config, ServerState(), {})
         self.protocol.connections.add(self.protocol)
         self.protocol.connection_made(self.wire)
         self.session = s.SubscriberSession(auth(kind))

@@ -38,6 +38,7 @@ from lonelypss.filesend import send_file
 from lonelypss.logs import Lines
 from lonelypss.metrics import NO_METRICS, Metrics
 from lonelypss.outcomes import BUSY_STATUSES, Host, Outcome, Reply
+from lonelypss.poll import NO_POLL, REPLY
 from lonelypss.resolver import Resolver
 from lonelypss.urlpolicy import Address, Origin, Target, UrlPolicy, UrlRefused
 
@@ -195,6 +196,9 @@ class Sender:
 
     Raises:
         ConfigError: a file that an option names cannot be used.
+
+    Attributes:
+        poll: is told of replies.
     """
 
     def __init__(
@@ -207,6 +211,7 @@ class Sender:
         self.config = config
         self.metrics = metrics
         self.policy = policy or UrlPolicy(config)
+        self.poll = NO_POLL
         self.connections = 0
         self.faults = Lines(log)
         self.ssl = tls_context(config)
@@ -783,7 +788,9 @@ class _Connection(asyncio.Protocol):
         if self.post is None:
             self.discard()  # a reply that nobody asked for
             return
-        self.touched = self.host.sender.loop.time()
+        sender = self.host.sender
+        sender.poll.happened(REPLY)
+        self.touched = sender.loop.time()
         self.received += len(data)
         if self.received > MAX_REPLY:
             self.discard(f"the reply is larger than {MAX_REPLY:,} bytes", Outcome.BROKEN)

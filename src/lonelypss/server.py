@@ -36,6 +36,7 @@ from lonelypss.app import App, create_app
 from lonelypss.asgi import ASGIApp
 from lonelypss.config import BroadcasterConfig, ConfigError
 from lonelypss.metrics import forget_worker
+from lonelypss.poll import NO_POLL, REQUEST, WEBSOCKET, Poll, polling
 from lonelypss.secrets import load_auth
 from lonelypss.store.base import StoreCorrupt, StoreUnavailable
 from lonelypss.tracing import current_step, spans_sent
@@ -159,20 +160,36 @@ def run(config: BroadcasterConfig, host: str = "127.0.0.1", port: int = 3003) ->
     serve(settings, bind(host, port), 1, lambda: log.info("listening on %s, port %d", host, port))
 
 
-def http_protocol(config: BroadcasterConfig, shortcuts: Mapping[str, ASGIApp]) -> Any:
+def http_protocol(
+    config: BroadcasterConfig, shortcuts: Mapping[str, ASGIApp], poll: Poll = NO_POLL
+) -> Any:
     """The protocol class for one listener of this process; see `lonelypsp.shortcut`."""
     limits = config.http_limits
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY:
         most = max(1, min(limits.max_connections, files // 2))
         limits = replace(limits, max_connections=most)
-    return guarded(with_shortcut(HttpToolsProtocol, shortcuts), httptools, limits)
+    base: Any = guarded(with_shortcut(HttpToolsProtocol, shortcuts), httptools, limits)
+
+    class Http(base):  # type: ignore[misc]
+        def data_received(self, data: bytes) -> None:
+            poll.happened(REQUEST)
+            base.data_received(self, data)
+
+    return Http
+
+
+def websocket_protocol(poll: Poll = NO_POLL) -> Any:
+    """The protocol class for what was an HTTP connection before."""
+    return type("WebSocket", (_WebSocket,), {"poll": poll})
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
     """uvicorn's, with a shortcut for frames: those of the ordinary case are made and taken without
     its library, and handed over as `lonelypss.websocket.Burst`. What was closed is gone soon, even
     if the peer takes nothing any more."""
+
+    poll: Poll
 
     def connection_made(self, transport: Any) -> None:
         self._cutter = Cutter(_apply_mask, self.config.ws_max_size, self._by_library)
@@ -207,6 +224,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
             self.handshake_complete = True
 
     def data_received(self, data: bytes) -> None:
+        self.poll.happened(WEBSOCKET)
         burst = self._burst
         self._cutter.cut(data, burst)
         if not burst:
@@ -396,14 +414,15 @@ def _run(
 
 def make(settings: Settings, announce: Callable[[], None]) -> uvicorn.Server:
     """The server of this process; `announce` is called once requests are going to be answered."""
-    app = settings.app()
+    app, poll = settings.app(), polling(settings.config.idle_poll)
+    app.broadcaster.sender.poll = poll
     shortcuts = {**app.broadcaster.routes.table, **app.broadcaster.peers.table}
     config = uvicorn.Config(
         app,
-        http=http_protocol(settings.config, shortcuts),
+        http=http_protocol(settings.config, shortcuts, poll),
         interface="asgi3",
         lifespan="on",
-        ws=_WebSocket,
+        ws=websocket_protocol(poll),
         ws_max_size=settings.config.websocket_max_message_size,
         ws_per_message_deflate=False,
         log_config=None,

@@ -24,7 +24,7 @@ from lonelypsp.replay import FileReplayGuard
 from lonelypsp.signing import AuthConfig, Hmac, Nothing, Token
 from lonelypss.app import App, Broadcaster
 from lonelypss.config import BroadcasterConfig
-from lonelypss.server import _WebSocket, http_protocol
+from lonelypss.server import http_protocol, websocket_protocol
 from lonelypss.store.base import StoreUnavailable
 from servers import Running, serve
 
@@ -41,7 +41,7 @@ SMALL_FRAMES = s.Limits(frame_length=5000)
 DEADLINE = 10.0
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "events": {},
-    "bursts": {"http": http_protocol(DEFAULT, {}), "ws": _WebSocket},
+    "bursts": {"http": http_protocol(DEFAULT, {}), "ws": websocket_protocol()},
 }
 
 
