@@ -421,6 +421,26 @@ async def test_what_was_found_is_known_until_subscriptions_change(
         assert len(await store.match(b"t")) == left
 
 
+async def test_failures_of_the_dead_are_written_down_once(path: Path) -> None:
+    async with opened(FaultyStore(str(path))) as store, opened(SqliteStore(str(path))) as other:
+        await store.subscribe(Kind.EXACT, b"t", A, A)
+        items = [(row, b"t") for row in await store.match(b"t")]
+        for due in (1.0, 2.0):  # the first may be a precaution, and be taken back
+            await store.record_missed(items, due)
+        Faulty.when = lambda sql: "IMMEDIATE" in sql
+        Faulty.code = sqlite3.SQLITE_READONLY
+        await store.record_missed(items, 3.0)
+        (notice,) = await other.claim_missed(1.0, 9, 60.0)
+        with pytest.raises(StoreUnavailable):
+            await store.record_missed(items, 4.0)
+        await other.retry_missed(notice, 5.0)
+        await store.record_missed(items, 6.0)
+        # whoever cannot look writes
+        Faulty.when = lambda sql: "IMMEDIATE" in sql or sql == module._SQL["is_announced"]
+        with pytest.raises(StoreUnavailable):
+            await store.record_missed(items, 7.0)
+
+
 async def test_what_was_found_is_forgotten_when_nobody_can_say(path: Path) -> None:
     async with opened(FaultyStore(str(path))) as store:
         await store.subscribe(Kind.EXACT, b"t", A, A)

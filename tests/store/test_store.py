@@ -572,8 +572,9 @@ async def test_what_is_postponed_was_never_tried(store: Store) -> None:
     assert await store.next_due() == 5.0
     again = await store.claim_missed(6.0, 9, 60.0)
     assert again == claimed[:2]
-    await store.finish_missed(claimed[2], now=6.0)
-    await store.postpone_missed([(claimed[2], 8.0)])
+    (third,) = await store.claim_missed(7.0, 9, 60.0)
+    await store.finish_missed(third, now=7.0)
+    await store.postpone_missed([(third, 8.0)])
     assert (await store.counts())["missed"] == 2
 
 
@@ -627,6 +628,34 @@ async def test_late_answers_about_a_notice_that_is_gone(store: Store) -> None:
     await store.finish_missed(old, now=3.0)
     await store.retry_missed(old, due=4.0)
     assert await store.next_due() == 5.0
+
+
+async def test_a_note_of_what_will_be_announced_stays_as_it_is(store: Store) -> None:
+    subscription = await subscribed(store)
+    for due in (5.0, 6.0, 7.0):
+        await store.record_missed([(subscription, b"t")], due=due)
+    (notice,) = await store.claim_missed(5.0, 9, 60.0)
+    assert notice.generation == 2
+    await store.retry_missed(notice, due=8.0)
+    await store.record_missed([(subscription, b"t")], due=9.0)
+    (notice,) = await store.claim_missed(8.0, 9, 60.0)
+    assert (notice.generation, notice.attempts) == (2, 1)
+    await store.retry_missed(notice, due=100.0)
+    await store.record_missed([(subscription, b"t")], due=10.0)  # it would come too late
+    (notice,) = await store.claim_missed(10.0, 9, 60.0)
+    assert notice.generation == 3
+
+
+async def test_whoever_was_too_slow_with_a_notice_does_not_end_it(store: Store) -> None:
+    """It may have been sent before what failed while somebody else had it."""
+    subscription = await subscribed(store)
+    await store.record_missed([(subscription, b"t")], due=1.0)
+    (slow,) = await store.claim_missed(1.0, 9, 60.0)
+    (quick,) = await store.claim_missed(61.0, 9, 60.0)
+    await store.retry_missed(quick, due=70.0)
+    await store.record_missed([(subscription, b"t")], due=80.0)
+    await store.finish_missed(slow, now=62.0)
+    assert await store.next_due() == 62.0
 
 
 @pytest.mark.parametrize(
@@ -874,6 +903,7 @@ async def test_nobody_is_pruned_while_a_notice_is_to_come(store: Store) -> None:
     assert await look(store, now + 500, now + 520) == {}
     await store.retry_missed(notice, now + 900)
     assert await look(store, now + 520, now + 899) == {}
+    (notice,) = await store.claim_missed(now + 900, 9, 60.0)
     await store.finish_missed(notice, now + 900)
     assert await look(store, now + 899, now + 901) == {A: 2}
 
@@ -924,6 +954,9 @@ class Missed:
     lease: float = 0.0
     attempts: int = 0
     generation: int = 1
+
+    def is_announced_by(self, due: float) -> bool:
+        return self.due <= due and not self.lease and (self.generation > 1 or self.attempts > 0)
 
 
 PATTERNS = st.sampled_from([b"a", b"a/b", b"a/*", b"**", b"*", b"", b"\0", "ü".encode()])
@@ -1055,6 +1088,8 @@ class StoreMachine(RuleBasedStateMachine):
             if s.recovery is None:
                 continue
             if known := self.missed.get((s.id, topic)):
+                if known.is_announced_by(due):
+                    continue
                 known.generation += 1
                 known.due = min(known.due, due)
             else:
@@ -1101,7 +1136,7 @@ class StoreMachine(RuleBasedStateMachine):
     def finish(self, notice: MissedNotice) -> None:
         self.run(self.store.finish_missed(notice, self.now))
         if m := self.row_of(notice):
-            if m.generation == notice.generation:
+            if m.generation == notice.generation and m.lease:
                 del self.missed[notice.subscription_id, notice.topic]
             else:
                 m.due, m.lease, m.attempts = self.now, 0.0, 0

@@ -221,7 +221,8 @@ class Store(Protocol):
         """Note that each subscription missed something on the topic, to be announced at `due`.
 
         Subscriptions without a recovery url, and those that are gone, are left out. Where the topic
-        is noted already, the earlier time counts.
+        is noted already, the earlier time counts. A note that cannot be taken back, and whose
+        notice nobody is sending and will be due as early, stays as it is.
         """
 
     async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
@@ -237,7 +238,8 @@ class Store(Protocol):
     async def finish_missed(self, notice: MissedNotice, now: float) -> None:
         """Forget a notice that was confirmed or given up.
 
-        If there was another failure since it was claimed, it is due at `now` instead.
+        If there was another failure since it was claimed, it is due at `now` instead; also if
+        somebody else had it meanwhile, and has released it.
         """
 
     async def retry_missed(self, notice: MissedNotice, due: float) -> None:

@@ -345,7 +345,11 @@ ORDER BY s.id, m.topic
 FOR KEY SHARE OF s
 ON CONFLICT (subscription_id, sha256(topic)) DO UPDATE
 SET generation = lonelyps_missed.generation + 1,
-    due = least(lonelyps_missed.due, excluded.due);
+    due = least(lonelyps_missed.due, excluded.due)
+WHERE NOT (
+    lonelyps_missed.due <= excluded.due AND lonelyps_missed.lease_until = 0
+    AND (lonelyps_missed.generation > 1 OR lonelyps_missed.attempts > 0)
+);
 
 -- name: clear_missed
 DELETE FROM lonelyps_missed AS m
@@ -364,9 +368,11 @@ WHERE m.id = due.id AND s.id = m.subscription_id
 RETURNING m.due, m.id, m.generation, m.subscription_id, s.recovery, m.topic, m.attempts, s.url;
 
 -- name: finish_missed
-WITH gone AS (DELETE FROM lonelyps_missed WHERE id = $1 AND generation = $2 RETURNING id)
+WITH gone AS (
+    DELETE FROM lonelyps_missed WHERE id = $1 AND generation = $2 AND lease_until <> 0 RETURNING id
+)
 UPDATE lonelyps_missed SET attempts = 0, due = $3, lease_until = 0
-WHERE id = $1 AND generation <> $2 AND NOT EXISTS (SELECT FROM gone);
+WHERE id = $1 AND (generation <> $2 OR lease_until = 0) AND NOT EXISTS (SELECT FROM gone);
 
 -- name: retry_missed
 UPDATE lonelyps_missed SET attempts = CASE generation WHEN $2 THEN attempts + 1 ELSE 0 END,

@@ -54,6 +54,7 @@ _QUEUE_LIMIT = 10_000
 _ROWS_KEPT = 200_000
 _AT_ONCE = 1000  # rows read in the event loop without a pause, about 2 ms
 _PER_INSERT = 500
+_FEW = 100  # questions asked in the event loop
 _CACHE = "PRAGMA cache_size = -32768"  # KiB; the usual 2 MiB thrash in large files
 _OPEN_TIMEOUT = 10.0  # others may be migrating
 _LOCK_PAUSE = 0.01
@@ -257,7 +258,16 @@ class SqliteStore:
 
     async def record_missed(self, items: Sequence[tuple[Subscription, bytes]], due: float) -> None:
         rows = [(topic, due, subscription.id) for subscription, topic in items]
+        if len(rows) <= _FEW:  # of dead hosts, each message would write the same to the disk
+            rows = [row for row in rows if not self._is_announced(row)]
         await self._write_many("record_missed", rows)
+
+    def _is_announced(self, row: tuple[bytes, float, int]) -> bool:
+        """Whether it certainly will be, from now on, without another note."""
+        try:
+            return self._matcher.execute(_SQL["is_announced"], row).fetchone() is not None
+        except sqlite3.Error:
+            return False  # something is in the way, and the writer has time to wait
 
     async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
         rows = [(subscription.id, topic) for subscription, topic in items]

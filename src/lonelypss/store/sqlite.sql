@@ -184,7 +184,13 @@ DELETE FROM subscriptions WHERE id IN (SELECT value FROM json_each(?));
 INSERT INTO missed (subscription_id, topic, due)
 SELECT id, ?, ? FROM subscriptions WHERE id = ? AND recovery IS NOT NULL
 ON CONFLICT (subscription_id, topic)
-DO UPDATE SET generation = generation + 1, due = min(due, excluded.due);
+DO UPDATE SET generation = generation + 1, due = min(due, excluded.due)
+WHERE NOT (due <= excluded.due AND lease_until = 0 AND (generation > 1 OR attempts > 0));
+
+-- name: is_announced
+-- such a note stays as it is
+SELECT 1 FROM missed WHERE topic = ? AND due <= ? AND subscription_id = ?
+AND lease_until = 0 AND (generation > 1 OR attempts > 0);
 
 -- name: clear_missed
 DELETE FROM missed WHERE subscription_id = ? AND topic = ?
@@ -199,7 +205,7 @@ UPDATE missed SET lease_until = ? WHERE id IN (
     (SELECT url FROM subscriptions WHERE subscriptions.id = subscription_id);
 
 -- name: finish_missed
-DELETE FROM missed WHERE id = ? AND generation = ?;
+DELETE FROM missed WHERE id = ? AND generation = ? AND lease_until <> 0;
 
 -- name: renew_missed
 UPDATE missed SET attempts = 0, due = ?, lease_until = 0 WHERE id = ?;
