@@ -221,8 +221,8 @@ class Store(Protocol):
         """Note that each subscription missed something on the topic, to be announced at `due`.
 
         Subscriptions without a recovery url, and those that are gone, are left out. Where the topic
-        is noted already, the earlier time counts. A note that cannot be taken back, and whose
-        notice nobody is sending and will be due as early, stays as it is.
+        is noted already, the earlier time counts. A note stays as it is if it cannot be taken back,
+        nobody is sending its notice now, and that is due no later.
         """
 
     async def clear_missed(self, items: Sequence[tuple[Subscription, bytes]]) -> None:
