@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from broadcaster.harness import until
 from conversation import Conversation
 from lonelypsc.listener import Listener, answer
 from lonelypsp.guard import HttpLimits, read_into
 from lonelypsp.spool import SocketError, Spool
+from waiting import until
 
 SIZE = 3_000_000
 DATA = os.urandom(SIZE)

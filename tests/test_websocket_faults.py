@@ -11,7 +11,7 @@ import gc
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lonelypsc.ws_client import WebsocketPubSubClient
 from lonelypss.config import BroadcasterConfig
 from proxies import Proxy, proxy
 from servers import Running, our_broadcaster, read_auth
+from waiting import until
 
 DEADLINE = 30.0
 LARGE = bytes(range(256)) * 40_000  # 10 MB: three parts
@@ -54,12 +55,6 @@ async def behind_a_proxy() -> AsyncIterator[tuple[Running, Proxy]]:
     async with asyncio.timeout(DEADLINE), our_broadcaster(config) as ours:
         async with proxy(ours.url) as between:
             yield ours, between
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Gaps:

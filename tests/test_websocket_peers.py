@@ -6,15 +6,15 @@ import asyncio
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from broadcaster.websocket_peer import Peer, websocket_peer
 from programs import command, started
+from waiting import until
 
-DEADLINE = 30.0
 LEASE = 3.0
 
 
@@ -36,12 +36,6 @@ async def serving(directory: Path, *arguments: str) -> AsyncIterator[Any]:
 def urls(directory: Path) -> set[str]:
     with sqlite3.connect(directory / "one.db") as db:
         return {url for (url,) in db.execute("SELECT DISTINCT url FROM subscriptions")}
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def everybody_gets_everything(peers: list[Peer], rounds: int) -> None:

@@ -56,13 +56,6 @@ def within(seconds: float = DEADLINE) -> asyncio.Timeout:
     return asyncio.timeout(seconds)
 
 
-async def until(condition: Callable[[], Any], seconds: float = DEADLINE) -> None:
-    """For states that nothing announces."""
-    async with within(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def until_async(condition: Callable[[], Awaitable[Any]], seconds: float = DEADLINE) -> None:
     async with within(seconds):
         while not await condition():

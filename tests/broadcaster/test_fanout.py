@@ -21,6 +21,7 @@ from lonelypss.config import UnsubscribeImmediate
 from lonelypss.fanout import Explained
 from lonelypss.sender import ONE_WRITE
 from lonelypss.store.base import Kind, StoreUnavailable
+from waiting import until
 
 from .harness import (
     DOWN,
@@ -37,7 +38,6 @@ from .harness import (
     reply,
     rows,
     subscribed,
-    until,
     until_async,
     within,
 )

@@ -22,6 +22,7 @@ import postgres
 from lonelypss.config import BroadcasterConfig
 from lonelypss.store.choose import make_store
 from lonelypss.store.sqlite import SqliteStore
+from waiting import until
 
 from .harness import (
     FAST_NOTICES,
@@ -35,7 +36,6 @@ from .harness import (
     exchange,
     hmac_auth,
     reply,
-    until,
     until_async,
     within,
 )

@@ -17,6 +17,7 @@ from lonelypsp.signing import AuthConfig, Hmac, Nothing
 from lonelypss import missed as module
 from lonelypss.app import Broadcaster
 from lonelypss.store.base import Kind, StoreUnavailable
+from waiting import until
 
 from .harness import (
     FAST_NOTICES,
@@ -32,7 +33,6 @@ from .harness import (
     reply,
     rows,
     subscribed,
-    until,
     until_async,
     within,
 )

@@ -37,6 +37,7 @@ from lonelypss.sender import Sender
 from lonelypss.store import Kind, StoreUnavailable, Subscription
 from lonelypss.store.sqlite import SqliteStore
 from lonelypss.tracing import MessageStep
+from waiting import until
 
 from .harness import (
     DOWN,
@@ -47,7 +48,6 @@ from .harness import (
     exchange,
     hmac_auth,
     request_bytes,
-    until,
     until_async,
     within,
 )

@@ -13,8 +13,9 @@ import pytest
 
 from lonelypss import resolver
 from lonelypss.resolver import Resolver
+from waiting import until
 
-from .harness import until, within
+from .harness import within
 
 
 async def test_names_that_exist_and_do_not() -> None:

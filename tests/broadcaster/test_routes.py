@@ -27,6 +27,7 @@ from lonelypsp.signing import AuthConfig, Hmac, Token, to_sign
 from lonelypsp.signing import _code as hmac_code
 from lonelypsp.wire import HeadParser, decode, encode
 from lonelypss.store.base import Kind, StoreUnavailable
+from waiting import until
 
 from .harness import (
     NO_AUTH,
@@ -44,7 +45,6 @@ from .harness import (
     request_bytes,
     rows,
     subscribed,
-    until,
     within,
 )
 from .test_urlpolicy import ALWAYS_DENIED, REFUSED_URLS, url_of

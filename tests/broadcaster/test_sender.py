@@ -29,6 +29,7 @@ from lonelypss.sender import (
     Unattended,
 )
 from lonelypss.urlpolicy import Address, UrlDenied, UrlPreset, parse_target
+from waiting import until
 
 from .harness import (
     Answer,
@@ -38,7 +39,6 @@ from .harness import (
     config,
     free_port,
     reply,
-    until,
     within,
 )
 

@@ -27,6 +27,7 @@ from lonelypss.config import BroadcasterConfig
 from lonelypss.server import http_protocol, websocket_protocol
 from lonelypss.store.base import StoreUnavailable
 from servers import Running, serve
+from waiting import until
 
 from .websocket_peer import Closed, Peer, raw_socket, websocket_peer
 
@@ -38,7 +39,6 @@ AUTHS: dict[str, Callable[[], AuthConfig]] = {
 EVERY_AUTH = pytest.mark.parametrize("auth", AUTHS.values(), ids=AUTHS)
 DEFAULT = BroadcasterConfig(db="sqlite://")
 SMALL_FRAMES = s.Limits(frame_length=5000)
-DEADLINE = 10.0
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "events": {},
     "bursts": {"http": http_protocol(DEFAULT, {}), "ws": websocket_protocol()},
@@ -59,12 +59,6 @@ async def running(
     broadcaster = Broadcaster(replace(config, auth=auth) if auth else config)
     async with serve(App(broadcaster), **PROTOCOLS["present"]) as url:
         yield Running(broadcaster, url)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 # handshake

@@ -35,7 +35,6 @@ from lonelypsp.globs import glob_matches
 from lonelypsp.signing import Hmac, Nothing, Token
 from lonelypsp.wire import HeadParser, decode, encode
 
-DEADLINE = 10.0
 KEY = b"k" * 64
 KINDS = ("none", "token", "hmac")
 
@@ -304,13 +303,6 @@ def urls(client: Any) -> tuple[str, str]:
     """Receive and recovery url of an entered client."""
     receiver = client._transport._receiver
     return receiver.url, receiver.recovery
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Returns when `condition` holds; TimeoutError when it does not within the deadline."""
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def noop(router: Any) -> None:

@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from client.fakes import KINDS, Broadcaster, broadcaster, config, until, urls
+from client.fakes import KINDS, Broadcaster, broadcaster, config, urls
 from conversation import Conversation
 from lonelypsc import endpoints
 from lonelypsc.http_client import HttpPubSubClient
@@ -27,6 +27,7 @@ from lonelypsp.guard import HttpLimits
 from lonelypsp.spool import Spool
 from lonelypsp.wire import decode, encode
 from servers import serve
+from waiting import until
 
 DROP = b"\x00\x0a"
 GOOD = base64.b64encode(hashlib.sha512(b"data").digest())

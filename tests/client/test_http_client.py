@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from client.fakes import KINDS, auth, broadcaster, config, noop, until, urls
+from client.fakes import KINDS, auth, broadcaster, config, noop, urls
 from lonelypsc import http_client
 from lonelypsc.client import (
     PubSubRequestAmbiguousError,
@@ -16,6 +16,7 @@ from lonelypsc.client import (
 )
 from lonelypsc.http_client import HttpPubSubClient
 from lonelypsc.listener import Listener, answer
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("sleeps")
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from broadcaster.harness import Answer, Close, Received, free_port, reply, until, within
+from broadcaster.harness import Answer, Close, Received, free_port, reply, within
 from broadcaster.harness import Subscriber as Server
 from client.fakes import config
 from lonelypsc import http_connection as module
 from lonelypsc.http_connection import MAX_REPLY, ONE_WRITE, NoReply, NotSent, Pool, Reply
+from waiting import until
 
 OK = Reply(200, b"body")
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

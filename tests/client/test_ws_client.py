@@ -42,6 +42,7 @@ from lonelypsp.signing import AuthConfig, Nothing
 from lonelypsp.spool import Body
 from programs import free_port
 from servers import our_broadcaster
+from waiting import until
 
 DEADLINE = 20.0
 NOBODY = AuthConfigFromParts(Nothing(), Nothing())
@@ -142,12 +143,6 @@ def make(*urls: str, **settings: Any) -> PubSubClient:
     return WebsocketPubSubClient(
         make_websocket_pub_sub_config(broadcasters=hosts, **(defaults | settings))  # type: ignore[arg-type]
     )
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Statuses:
