@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from lonelypss.store.base import Store
+
 REQUEST, REPLY, WEBSOCKET = range(3)
 """Where something comes from. How soon something follows is told apart by it."""
 
@@ -37,6 +39,7 @@ class Polling(Poll):
 
     Args:
         seconds: how long to look for work that does not come.
+        rests: whether to sleep at once, since threads of this process want the interpreter.
         clock: seconds.
         pause: lets other programs have the core.
     """
@@ -45,11 +48,13 @@ class Polling(Poll):
         self,
         seconds: float,
         *,
+        rests: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[], object] = _yield,
     ) -> None:
         self._seconds = seconds
         self._soon = _WITH_WORK * seconds
+        self._rests = rests
         self._clock = clock
         self._pause = pause
         self._followed = [False, False, False]
@@ -75,7 +80,7 @@ class Polling(Poll):
         if self._begins:  # what came is dealt with
             self._begins = False
             self._until = now + self._seconds
-        elif now < self._until:
+        elif now < self._until and not self._rests():
             self._pause()
         else:
             self._turning = False
@@ -83,6 +88,8 @@ class Polling(Poll):
         asyncio.get_running_loop().call_soon(self._turn)
 
 
-def polling(microseconds: int) -> Poll:
+def polling(microseconds: int, store: Store) -> Poll:
     """What the option `idle_poll` asks for."""
-    return Polling(microseconds / 1e6) if microseconds else NO_POLL
+    if not microseconds:
+        return NO_POLL
+    return Polling(microseconds / 1e6, rests=lambda: store.in_threads)

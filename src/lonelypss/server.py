@@ -414,7 +414,8 @@ def _run(
 
 def make(settings: Settings, announce: Callable[[], None]) -> uvicorn.Server:
     """The server of this process; `announce` is called once requests are going to be answered."""
-    app, poll = settings.app(), polling(settings.config.idle_poll)
+    app = settings.app()
+    poll = polling(settings.config.idle_poll, app.broadcaster.store)
     app.broadcaster.sender.poll = poll
     shortcuts = {**app.broadcaster.routes.table, **app.broadcaster.peers.table}
     config = uvicorn.Config(

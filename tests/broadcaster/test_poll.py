@@ -27,7 +27,10 @@ class Traffic:
     def __init__(self) -> None:
         self.now = 100.0
         self.turns = 0
-        self.poll = Polling(POLL, clock=lambda: self.now, pause=self._turn)
+        self.in_threads = False
+        self.poll = Polling(
+            POLL, rests=lambda: self.in_threads, clock=lambda: self.now, pause=self._turn
+        )
 
     def _turn(self) -> None:
         self.now += STEP
@@ -73,6 +76,16 @@ async def test_who_is_too_far_away_costs_nothing() -> None:
         await traffic.comes(REQUEST, 2 * POLL)
         await traffic.comes(REPLY, 2 * POLL)
     assert traffic.turns == 0
+
+
+async def test_it_sleeps_while_threads_work() -> None:
+    traffic = Traffic()
+    await traffic.comes(REQUEST, 1.0)
+    assert await traffic.comes(REQUEST, 0.0) > 0
+    traffic.in_threads = True
+    assert await traffic.comes(REQUEST, 0.0) == 0
+    traffic.in_threads = False
+    assert await traffic.comes(REQUEST, 0.0) > 0
 
 
 async def test_what_comes_while_it_looks_is_one_look() -> None:

@@ -421,6 +421,19 @@ async def test_what_was_found_is_known_until_subscriptions_change(
         assert len(await store.match(b"t")) == left
 
 
+async def test_it_says_whether_its_threads_work(path: Path) -> None:
+    async with opened(SqliteStore(str(path))) as store:
+        for work in (store.counts(), store.subscribe(Kind.EXACT, b"t", A, None)):
+            assert not store.in_threads
+            task = asyncio.create_task(work)
+            await asyncio.sleep(0)
+            assert store.in_threads
+            await task
+        assert not store.in_threads
+        await store.match(b"t")  # not in a thread
+        assert not store.in_threads
+
+
 async def test_failures_of_the_dead_are_written_down_once(path: Path) -> None:
     async with opened(FaultyStore(str(path))) as store, opened(SqliteStore(str(path))) as other:
         await store.subscribe(Kind.EXACT, b"t", A, A)

@@ -145,6 +145,11 @@ class Store(Protocol):
     Times are unix seconds and come from the caller.
     """
 
+    @property
+    def in_threads(self) -> bool:
+        """Whether threads of this process work for it now."""
+        ...
+
     async def open(self) -> None:
         """Connect and bring the schema up to date.
 

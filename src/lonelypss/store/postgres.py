@@ -82,6 +82,8 @@ class PostgresStore:
         quotas: how many subscriptions there may be.
     """
 
+    in_threads = False
+
     def __init__(
         self,
         url: str,

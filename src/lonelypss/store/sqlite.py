@@ -123,6 +123,10 @@ class SqliteStore:
         await self._writer.stop()
         self._matcher.close()
 
+    @property
+    def in_threads(self) -> bool:
+        return bool(self._reader.unanswered or self._writer.unanswered)
+
     # Subscriptions
 
     async def match(
@@ -579,6 +583,8 @@ def _one(outcomes: list[Any | Exception]) -> Any:
 class _Inline:
     """Does work at once: for the database in memory, which is never locked."""
 
+    unanswered = 0
+
     def __init__(self, db: sqlite3.Connection, begin: str) -> None:
         self._db = db
         self._begin = begin
@@ -599,7 +605,11 @@ class _Job:
 
 
 class _Worker:
-    """A thread with a connection of its own. Work that piles up shares a transaction."""
+    """A thread with a connection of its own. Work that piles up shares a transaction.
+
+    Attributes:
+        unanswered: how many calls wait.
+    """
 
     def __init__(
         self, name: str, connect: Callable[[], sqlite3.Connection], begin: str, patience: float
@@ -609,7 +619,7 @@ class _Worker:
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
-        self._unanswered = 0
+        self.unanswered = 0
         self._stopped = False
         self._db: sqlite3.Connection | None = None
         self._thread = Thread(target=self._run, name=name, daemon=True)
@@ -620,10 +630,10 @@ class _Worker:
     async def call(self, work: _Work[T]) -> T:
         if self._stopped:
             raise StoreUnavailable("the store is closed")
-        if self._unanswered >= _QUEUE_LIMIT:
+        if self.unanswered >= _QUEUE_LIMIT:
             raise StoreUnavailable(f"the database is {_QUEUE_LIMIT:,} calls behind")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._unanswered += 1
+        self.unanswered += 1
         self._queue.put(_Job(work, future, time.monotonic() + self._patience))
         return await future
 
@@ -634,7 +644,7 @@ class _Worker:
         await asyncio.to_thread(self._thread.join)
 
     def _answer(self, answers: list[tuple[_Job, Any | Exception]]) -> None:
-        self._unanswered -= len(answers)
+        self.unanswered -= len(answers)
         for job, outcome in answers:
             if job.future.done():  # whoever waited was cancelled
                 continue
